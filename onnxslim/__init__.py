@@ -1,0 +1,1 @@
+"""Make any ONNX file smaller and faster, with the proof that it is still right."""

@@ -1,0 +1,315 @@
+"""Calibration and evaluation data: one sample at a time, whatever the form it came in.
+
+A sample is a dictionary ``{name: array}`` with one array per model input, leading axis included, plus whatever else the
+file holds (``labels`` for a metric). Forms, as text or as Python objects:
+
+* ``file.npz``: one array per input, samples on axis 0; sample k is ``a[k:k+1]``.
+* a folder of ``.npz`` files: one sample each, fed as they are (for inputs of varying shape).
+* a folder of ``test_data_set_*`` folders with ``input_0.pb``, ...: the layout of the ONNX model zoo.
+* ``module:function``: called without arguments, returns an iterable of samples.
+* any iterable of samples.
+
+Arrays are never unpickled, and files are read lazily: memory holds one file at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim.errors import DataError, UsageError
+
+Sample = dict[str, np.ndarray]
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """Name, NumPy type and shape (None where any size is allowed) of a model input."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...] | None
+
+
+class Data(Sequence[Sample]):
+    """A sequence of samples that can be read several times.
+
+    ``load(k)`` reads sample k. ``origin`` says in the report where they came from. ``specs`` filter what is fed: only
+    the arrays named like an input are returned by `feeds`.
+    """
+
+    def __init__(self, origin: str, length: int, load: Callable[[int], Sample], specs: Sequence[InputSpec]) -> None:
+        self.origin = origin
+        self.specs = tuple(specs)
+        self._length = length
+        self._load = load
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            chosen = range(self._length)[index]
+            return Data(self.origin, len(chosen), lambda k: self._load(chosen[k]), self.specs)
+        if not -self._length <= index < self._length:
+            raise IndexError(index)
+        return self._load(index % self._length)
+
+    def feeds(self) -> Iterator[Sample]:
+        """The samples, reduced to the arrays that are model inputs."""
+        for sample in self:
+            yield self.feed(sample)
+
+    def feed(self, sample: Sample) -> Sample:
+        """One sample reduced to the arrays that are model inputs."""
+        return {spec.name: sample[spec.name] for spec in self.specs}
+
+    def split(self, held_out: float) -> tuple[Data, Data]:
+        """Two parts, the second with about ``held_out`` of the samples, spread evenly over the sequence.
+
+        With a single sample both parts are that sample.
+        """
+        if self._length < 2:
+            return self, self
+        step = max(2, round(1 / held_out))
+        second = list(range(step - 1, self._length, step)) or [self._length - 1]
+        taken = set(second)
+        first = [k for k in range(self._length) if k not in taken]
+        return self._pick(first), self._pick(second)
+
+    def spread(self, count: int) -> Data:
+        """At most ``count`` samples, spread evenly over the sequence (files are often sorted by class)."""
+        if count >= self._length:
+            return self
+        return self._pick([int(k) for k in np.linspace(0, self._length - 1, count).round()])
+
+    def _pick(self, indices: list[int]) -> Data:
+        return Data(self.origin, len(indices), lambda k: self._load(indices[k]), self.specs)
+
+
+def input_specs(model: ir.Model) -> list[InputSpec]:
+    """The inputs of ``model`` that must be fed: every graph input of tensor type without a default."""
+    specs = []
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        name = value.name or ""
+        if not isinstance(value.type, ir.TensorType):
+            raise DataError(f"input {name!r} is not a tensor ({value.type}): only tensor inputs can be fed")
+        shape = None if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
+        specs.append(InputSpec(name, np.dtype(value.type.dtype.numpy()), shape))
+    return specs
+
+
+def open_data(source: Source, specs: Sequence[InputSpec], *, what: str = "calibration") -> Data:
+    """Open ``source`` in any of the forms above and check its first sample against ``specs``.
+
+    Raises:
+        DataError: missing file, missing or unknown array, wrong type or shape, nothing in it.
+    """
+    if isinstance(source, Data):
+        return source
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        path = Path(text)
+        if path.is_dir():
+            data = _open_folder(path, specs, what)
+        elif path.exists():
+            data = _open_npz(path, specs, what)
+        elif ":" in text and path.suffix != ".npz":
+            data = _from_iterable(resolve(text, what)(), text, specs, what)
+        else:
+            raise DataError(f"{what} data: {text}: no such file or folder")
+    else:
+        data = _from_iterable(source, "python iterable", specs, what)
+    if not len(data):
+        raise DataError(f"{what} data: {data.origin}: holds no sample")
+    check_sample(data[0], specs, f"{what} data: {data.origin}")
+    return data
+
+
+def resolve(text: str, what: str) -> Callable[..., Any]:
+    """Import ``module:function`` with the current folder on the path, as other command-line tools do."""
+    module_name, _, attribute = text.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"{what}: cannot import {text!r}: {error}; give module:function") from error
+    if not callable(found):
+        raise UsageError(f"{what}: {text!r} is not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def check_sample(sample: Sample, specs: Sequence[InputSpec], where: str) -> None:
+    """Raise `DataError` unless ``sample`` has an array of the right type and shape for every input."""
+    for spec in specs:
+        if spec.name not in sample:
+            raise DataError(
+                f"{where}: no array named {spec.name!r}; the model needs {[s.name for s in specs]}, "
+                f"the data has {sorted(sample)}"
+            )
+        array = sample[spec.name]
+        if array.dtype != spec.dtype:
+            raise DataError(f"{where}: array {spec.name!r} is {array.dtype}, the model needs {spec.dtype}")
+        if spec.shape is None:
+            continue
+        fits = len(spec.shape) == array.ndim and all(
+            want is None or want == have for want, have in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits:
+            want = ["any" if d is None else d for d in spec.shape]
+            raise DataError(f"{where}: array {spec.name!r} has shape {list(array.shape)}, the model needs {want}")
+
+
+def _read_npz(path: Path, what: str) -> Sample:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if isinstance(archive, np.ndarray):
+                raise DataError(f"{what} data: {path}: is a .npy file; save named arrays with numpy.savez")
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{what} data: {path}: not a readable .npz file ({error})") from error
+
+
+def _open_npz(path: Path, specs: Sequence[InputSpec], what: str) -> Data:
+    arrays = _read_npz(path, what)
+    missing = [s.name for s in specs if s.name not in arrays]
+    if missing:
+        raise DataError(
+            f"{what} data: {path}: no array named {missing[0]!r}; the model needs {[s.name for s in specs]}, "
+            f"the file has {sorted(arrays)}"
+        )
+    scalars = [name for name, a in arrays.items() if a.ndim == 0]
+    if scalars:
+        raise DataError(f"{what} data: {path}: array {scalars[0]!r} is a scalar; samples are counted on axis 0")
+    counts = {name: len(a) for name, a in arrays.items()}
+    if len(set(counts.values())) != 1:
+        raise DataError(f"{what} data: {path}: arrays disagree on the number of samples (axis 0): {counts}")
+    # A model with a fixed batch of B takes B rows at a time.
+    batch = next((s.shape[0] for s in specs if s.shape and s.shape[0] is not None), 1) or 1
+    count = next(iter(counts.values())) // batch
+    return Data(str(path), count, lambda k: {n: a[k * batch : (k + 1) * batch] for n, a in arrays.items()}, specs)
+
+
+def _open_folder(path: Path, specs: Sequence[InputSpec], what: str) -> Data:
+    files = sorted(path.glob("*.npz"))
+    if files:
+        return Data(str(path), len(files), lambda k: _read_npz(files[k], what), specs)
+    sets = sorted(path.glob("test_data_set_*"), key=lambda p: (len(p.name), p.name))
+    if sets:
+        return Data(str(path), len(sets), lambda k: _read_onnx_set(sets[k], specs, what), specs)
+    raise DataError(f"{what} data: {path}: holds neither .npz files nor test_data_set_* folders")
+
+
+def _read_onnx_set(folder: Path, specs: Sequence[InputSpec], what: str) -> Sample:
+    import onnx
+
+    sample: Sample = {}
+    for index, spec in enumerate(specs):
+        file = folder / f"input_{index}.pb"
+        try:
+            tensor = onnx.TensorProto.FromString(file.read_bytes())
+            sample[tensor.name if tensor.name in {s.name for s in specs} else spec.name] = onnx.numpy_helper.to_array(
+                tensor
+            )
+        except OSError as error:
+            raise DataError(f"{what} data: {file}: {error.strerror}") from error
+        except Exception as error:  # protobuf and onnx raise unrelated types for a broken file
+            raise DataError(f"{what} data: {file}: not a serialized tensor ({error})") from error
+    return sample
+
+
+def _from_iterable(items: Any, origin: str, specs: Sequence[InputSpec], what: str) -> Data:
+    if isinstance(items, Mapping):  # arrays with samples on axis 0, as in a .npz
+        arrays = {name: np.asarray(a) for name, a in items.items()}
+        items = [{name: a[k : k + 1] for name, a in arrays.items()} for k in range(min(map(len, arrays.values())))]
+    samples: list[Sample] = []
+    for k, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise DataError(
+                f"{what} data: {origin}: sample {k} is {type(item).__name__}, not a {{name: array}} mapping"
+            )
+        samples.append({name: np.asarray(value) for name, value in item.items()})
+    return Data(origin, len(samples), samples.__getitem__, specs)
+
+
+def synthetic(model: ir.Model, count: int, *, seed: int, shapes: Mapping[str, Sequence[int]] | None = None) -> Data:
+    """``count`` generated samples for ``model``: normal floats, small non-negative integers, booleans.
+
+    A symbolic dimension is 1 on axis 0 (the batch) and 1 elsewhere unless a name that the model repeats asks for the
+    same value; ``shapes`` overrides by input name.
+
+    Raises:
+        UsageError: a shape is given for an unknown input or has the wrong rank.
+    """
+    specs = input_specs(model)
+    given = {name: tuple(shape) for name, shape in (shapes or {}).items()}
+    by_name = {spec.name: spec for spec in specs}
+    concrete: dict[str, tuple[int, ...]] = {}
+    for name, shape in given.items():
+        if name not in by_name:
+            raise UsageError(f"--shape: the model has no input {name!r}; it has {sorted(by_name)}")
+        declared = by_name[name].shape
+        if declared is not None and (
+            len(declared) != len(shape) or any(d not in (None, s) for d, s in zip(declared, shape, strict=True))
+        ):
+            raise UsageError(f"--shape: {name}={list(shape)} does not fit the declared shape {list(declared)}")
+    symbols: dict[str, int] = {}
+    for value in model.graph.inputs:
+        if value.name in given and value.shape is not None:
+            for dim, size in zip(value.shape, given[value.name], strict=True):
+                if not isinstance(dim, int) and dim.value is not None:
+                    symbols.setdefault(str(dim.value), size)
+    for value in model.graph.inputs:
+        if value.name not in by_name:
+            continue
+        if value.name in given:
+            concrete[value.name] = given[value.name]
+        elif value.shape is None:
+            concrete[value.name] = ()
+        else:
+            concrete[value.name] = tuple(
+                d if isinstance(d, int) else symbols.get(str(d.value), _default_size(axis, len(value.shape)))
+                for axis, d in enumerate(value.shape)
+            )
+
+    def load(k: int) -> Sample:
+        rng = np.random.default_rng([seed, k])
+        return {spec.name: _draw(rng, spec.dtype, concrete[spec.name]) for spec in specs}
+
+    return Data("synthetic inputs", count, load, specs)
+
+
+def _default_size(axis: int, rank: int) -> int:
+    """A size for a symbolic dimension: one sample; images of 64 pixels; sequences of 16 steps."""
+    if axis == 0:
+        return 1
+    return 64 if rank >= 4 else 16
+
+
+def _draw(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    if dtype.kind == "f" or dtype.kind == "V":
+        return rng.standard_normal(shape).astype(dtype)
+    if dtype.kind == "c":
+        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype)
+    if dtype.kind == "b":
+        return rng.integers(0, 2, shape).astype(bool)
+    if dtype.kind in "iu":
+        # Integers are mostly token ids, masks and lengths: 0 and 1 are valid for all of them.
+        return rng.integers(0, 2, shape).astype(dtype)
+    if dtype.kind in "OU":
+        return np.array(np.full(shape, "a"), dtype=object)
+    return rng.standard_normal(shape).astype(dtype)

@@ -1,0 +1,368 @@
+"""Reading and writing models: the only file that knows protobuf and the disk.
+
+``load`` takes any form of model and returns a normalized `onnx_ir.Model`: functions inlined, Constant nodes lifted to
+initializers, sparse initializers made dense, initializers no longer listed as inputs, shapes inferred. ``save`` writes
+it so that the output appears whole or not at all, with external data that belongs to the output alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import (
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    RemoveInitializersFromInputsPass,
+    ShapeInferencePass,
+    TopologicalSortPass,
+)
+
+from onnxslim.errors import ModelError
+
+# A protobuf message ends at 2 GiB; above this many bytes of weights they go to a file of their own.
+INLINE_LIMIT = 1_800_000_000
+WARNINGS = "onnxslim.warnings"  # key in Model.meta
+
+
+def load(source: Any) -> ir.Model:
+    """Read a model in any form and normalize it; ``source`` itself is never changed.
+
+    Args:
+        source: a path, the bytes of a file, an `onnx.ModelProto`, an `onnx_ir.Model`, or a `torch.onnx.ONNXProgram`.
+
+    Returns:
+        A new model. ``model.meta["onnxslim.warnings"]`` lists what was changed on the way in.
+
+    Raises:
+        ModelError: not an ONNX file, empty, truncated, invalid, of an unknown opset, or with external data that is
+            missing, too short or outside the folder of the model.
+    """
+    warnings: list[str] = []
+    if isinstance(source, str | os.PathLike):
+        model = _read(Path(source), warnings)
+    elif isinstance(source, bytes | bytearray | memoryview):
+        model = _from_proto(_parse(bytes(source), "the given bytes"), "the given bytes", None, warnings)
+    elif isinstance(source, onnx.ModelProto):
+        model = _from_proto(source, "the given ModelProto", None, warnings)
+    elif isinstance(source, ir.Model):
+        model = source.clone()
+    elif isinstance(getattr(source, "model", None), ir.Model):  # torch.onnx.ONNXProgram
+        model = source.model.clone()
+    elif isinstance(getattr(source, "model_proto", None), onnx.ModelProto):
+        model = _from_proto(source.model_proto, "the given program", None, warnings)
+    else:
+        raise ModelError(
+            f"cannot read a model from {type(source).__name__}: give a path, bytes, ModelProto, onnx_ir.Model or "
+            "torch.onnx.ONNXProgram"
+        )
+    return normalize(model, warnings)
+
+
+def normalize(model: ir.Model, warnings: list[str] | None = None) -> ir.Model:
+    """Bring ``model`` (in place) to the form that every pass expects; see the module's docstring."""
+    warnings = [] if warnings is None else warnings
+    InlinePass()(model)
+    _sort_if_needed(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    LiftSubgraphInitializersToMainGraphPass()(model)
+    overridable = [v.name for v in model.graph.inputs if v.is_initializer()]
+    if overridable:
+        RemoveInitializersFromInputsPass()(model)
+        if model.ir_version >= 4:
+            warnings.append(
+                f"{len(overridable)} initializers were listed as inputs and could be overridden at run time; "
+                f"they are constants now (first: {overridable[0]!r})"
+            )
+    model.ir_version = max(model.ir_version or 0, 4)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        if value.const_value is not None and value.shape is None:
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+    infer_shapes(model)
+    model.meta[WARNINGS] = warnings
+    return model
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fill in the types and shapes that follow from the inputs; what cannot be inferred stays unknown."""
+    import logging
+
+    # A graph with operators of an unknown domain is legal: inference stops there, which is no news to the user.
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    finally:
+        logger.setLevel(level)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """Serialize ``model`` with its weights inside.
+
+    Raises:
+        ModelError: the weights are too large for one protobuf message; use `save`.
+    """
+    if weight_bytes(model) > INLINE_LIMIT:
+        raise ModelError(f"{weight_bytes(model)} bytes of weights do not fit in one protobuf message: save to a path")
+    return _inline_proto(model).SerializeToString(deterministic=True)
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """``model`` as `onnx.ModelProto` with its weights inside; the same limit as `to_bytes`."""
+    return onnx.ModelProto.FromString(to_bytes(model))
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None) -> Path:
+    """Write ``model`` to ``path``: the file appears whole or not at all, whatever interrupts the writing.
+
+    Weights above 1.8 GB (or any, with ``external=True``) go to ``<name>.<hash>.data`` beside it, written before the
+    model is renamed into place; the data file of the model that stood there before is removed after that.
+
+    Raises:
+        ModelError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    folder = path.parent
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give a file name")
+    if not folder.is_dir():
+        raise ModelError(f"{path}: the folder {folder} does not exist")
+    if external is None:
+        external = weight_bytes(model) > INLINE_LIMIT
+    old_data = _owned_data(path)
+    new_data: set[Path] = set()
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
+            draft = Path(temporary) / path.name
+            if external:
+                new_data = _write_external(model, draft, folder)
+            else:
+                _write(draft, to_bytes(model))
+            draft.replace(path)
+            _sync(folder)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot write: {error.strerror or error}") from error
+    for file in old_data - new_data:
+        file.unlink(missing_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def on_disk(model: ir.Model) -> Iterator[Path]:
+    """``model`` as a temporary file with external data, for runtimes that must not hold a second copy in memory."""
+    with tempfile.TemporaryDirectory(prefix="onnxslim-") as temporary:
+        path = Path(temporary) / "model.onnx"
+        ir.save(model.clone(), path, external_data="weights.data")
+        yield path
+
+
+def _read(path: Path, warnings: list[str]) -> ir.Model:
+    try:
+        if path.is_dir():
+            raise ModelError(f"{path}: is a folder, not an ONNX file")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    return _from_proto(_parse(content, str(path)), str(path), path.parent, warnings)
+
+
+def _parse(content: bytes, where: str) -> onnx.ModelProto:
+    if not content:
+        raise ModelError(f"{where}: is empty (0 bytes)")
+    try:
+        return onnx.ModelProto.FromString(content)
+    except DecodeError as error:
+        raise ModelError(f"{where}: not an ONNX file, or truncated ({len(content)} bytes): {error}") from error
+
+
+def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None, warnings: list[str]) -> ir.Model:
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+        raise ModelError(f"{where}: not an ONNX model: it has no graph")
+    versions = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}
+    if not versions:
+        raise ModelError(f"{where}: imports no opset, so its operators have no meaning; export it again")
+    newest = onnx.defs.onnx_opset_version()
+    opset = versions.get("ai.onnx", 1)
+    if not 1 <= opset <= newest:
+        raise ModelError(
+            f"{where}: uses opset {opset}; this installation knows 1 to {newest}: export with a known opset"
+            + (", or update onnx" if opset > newest else "")
+        )
+    if proto.training_info:
+        warnings.append("training_info was dropped: the result is for inference only")
+        stripped = onnx.ModelProto()
+        stripped.CopyFrom(proto)
+        del stripped.training_info[:]
+        proto = stripped
+    _check_external(proto, where, folder)
+    proto = _densify(proto, where)
+    try:
+        if not _has_external(proto):
+            onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{where}: not a valid ONNX model: {reason}") from error
+    except ValueError:
+        pass  # over 2 GiB: the checker takes only files of that size; ONNX Runtime will still judge it
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:  # a malformed message raises many types
+        raise ModelError(f"{where}: not a readable ONNX model: {error}") from error
+    if folder is not None:
+        ir.external_data.set_base_dir(model.graph, folder)
+    return model
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    stack: list[Any] = [proto.graph, *proto.functions]
+    while stack:
+        graph = stack.pop()
+        if isinstance(graph, onnx.GraphProto):
+            yield from graph.initializer
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    stack.append(attribute.g)
+                elif attribute.type == onnx.AttributeProto.GRAPHS:
+                    stack.extend(attribute.graphs)
+                elif attribute.type == onnx.AttributeProto.TENSOR:
+                    yield attribute.t
+                elif attribute.type == onnx.AttributeProto.TENSORS:
+                    yield from attribute.tensors
+
+
+def _has_external(proto: onnx.ModelProto) -> bool:
+    return any(t.data_location == onnx.TensorProto.EXTERNAL for t in _tensors(proto))
+
+
+def _check_external(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
+    sizes: dict[str, int] = {}
+    for tensor in _tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        info = {entry.key: entry.value for entry in tensor.external_data}
+        location = info.get("location", "")
+        if folder is None:
+            raise ModelError(f"{where}: weight {tensor.name!r} is in the external file {location!r}: give the path")
+        if location not in sizes:
+            file = (folder / location).resolve()
+            if not location or not file.is_relative_to(folder.resolve()):
+                raise ModelError(
+                    f"{where}: the external data of {tensor.name!r} is {location!r}, outside the folder of the model"
+                )
+            if not file.is_file():
+                raise ModelError(f"{where}: the external data file {location!r} of {tensor.name!r} does not exist")
+            sizes[location] = file.stat().st_size
+        try:
+            offset, length = int(info.get("offset", 0)), int(info.get("length", 0))
+        except ValueError as error:
+            raise ModelError(
+                f"{where}: the external data of {tensor.name!r} has a malformed offset or length"
+            ) from error
+        if offset < 0 or length < 0 or offset + length > sizes[location]:
+            raise ModelError(
+                f"{where}: the external data of {tensor.name!r} ends at byte {offset + length} of {location!r}, which "
+                f"has {sizes[location]}: the file is truncated"
+            )
+
+
+def _densify(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    graphs = [proto.graph]
+    for graph in graphs:
+        graphs.extend(a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)
+    if not any(graph.sparse_initializer for graph in graphs):
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    graphs = [copy.graph]
+    for graph in graphs:
+        graphs.extend(a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)
+        for sparse in graph.sparse_initializer:
+            try:
+                values = onnx.numpy_helper.to_array(sparse.values)
+                indices = onnx.numpy_helper.to_array(sparse.indices)
+                dense = np.zeros(tuple(sparse.dims), values.dtype)
+                if indices.ndim == 1:
+                    dense.reshape(-1)[indices] = values
+                else:
+                    dense[tuple(indices.T)] = values
+            except (ValueError, IndexError) as error:
+                raise ModelError(f"{where}: sparse initializer {sparse.values.name!r} is malformed: {error}") from error
+            graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
+        del graph.sparse_initializer[:]
+    return copy
+
+
+def _sort_if_needed(model: ir.Model) -> None:
+    try:
+        TopologicalSortPass()(model)
+    except ValueError as error:
+        raise ModelError(f"the graph has a cycle: {error}") from error
+
+
+def _inline_proto(model: ir.Model) -> onnx.ModelProto:
+    clone = model.clone()
+    ir.external_data.load_to_model(clone)
+    return ir.to_proto(clone)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Make a rename or a file's content survive a power failure."""
+    with contextlib.suppress(OSError):  # Windows cannot open folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_external(model: ir.Model, draft: Path, folder: Path) -> set[Path]:
+    ir.save(model.clone(), draft, external_data="weights.data")
+    weights = draft.parent / "weights.data"
+    if not weights.exists():  # nothing above the size that is worth a reference
+        return set()
+    digest = hashlib.sha256()
+    with weights.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    name = f"{draft.name}.{digest.hexdigest()[:12]}.data"
+    proto = onnx.load(draft, load_external_data=False)
+    for tensor in _tensors(proto):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    _write(draft, proto.SerializeToString(deterministic=True))
+    _sync(weights)
+    shutil.move(weights, folder / name)
+    return {folder / name}
+
+
+def _owned_data(path: Path) -> set[Path]:
+    """The data files that an earlier `save` to ``path`` left beside it."""
+    if not path.exists():
+        return set()
+    return set(path.parent.glob(f"{path.name}.????????????.data"))

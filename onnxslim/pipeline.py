@@ -1,0 +1,235 @@
+"""From the text ``prune(ratio=0.5),int8`` to passes that ran, each checked and rolled back when it fails.
+
+Grammar: passes separated by commas; a pass is a name, optionally followed by ``name=value`` options in parentheses.
+Values are literals: numbers, ``true``, ``false``, ``none``, quoted strings, bare words, lists in brackets.
+``parse(str(p))`` gives ``p`` back.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib.metadata
+import re
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import onnx_ir as ir
+
+from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.errors import OnnxslimError, UsageError
+
+GROUP = "onnxslim.passes"
+
+
+@functools.cache
+def registry() -> dict[str, importlib.metadata.EntryPoint]:
+    """Installed passes by name, read from the entry-point group ``onnxslim.passes``; nothing is imported yet.
+
+    Raises:
+        UsageError: two installed packages offer a pass of the same name.
+    """
+    found: dict[str, importlib.metadata.EntryPoint] = {}
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        if entry.name in found and found[entry.name].value != entry.value:
+            raise UsageError(
+                f"two installed packages offer a pass named {entry.name!r}: {found[entry.name].value} and {entry.value}"
+            )
+        found[entry.name] = entry
+    return dict(sorted(found.items()))
+
+
+def find(name: str) -> type[Pass]:
+    """The class of the pass called ``name``.
+
+    Raises:
+        UsageError: no such pass; the message names the nearest.
+    """
+    entries = registry()
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"unknown pass {name!r}: there are {', '.join(entries)}{hint}")
+    loaded = entries[name].load()
+    if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+        raise UsageError(f"{entries[name].value} (pass {name!r}) is not a subclass of onnxslim.contract.Pass")
+    return loaded
+
+
+def parse(text: str) -> list[Pass]:
+    """Read a textual pipeline.
+
+    Raises:
+        UsageError: a malformed text, an unknown pass or option, a value of the wrong type or range.
+    """
+    return [_build(name, options) for name, options in _split(text)]
+
+
+def complete(passes: Sequence[Pass]) -> list[Pass]:
+    """``passes`` with what they want inserted before them, in the order that will run.
+
+    Raises:
+        UsageError: a pass that changes weights stands after one that must be last (quantization).
+    """
+    result: list[Pass] = []
+    seen: set[str] = set()
+
+    def add(item: Pass) -> None:
+        for name in item.wants:
+            if name not in seen:
+                add(find(name)())
+        closing = next((p for p in result if p.last), None)
+        if closing is not None and not item.last and item.name not in closing.wants:
+            raise UsageError(f"{item.name} must come before {closing.name}: write {item.name},{closing.name}")
+        seen.add(item.name)
+        result.append(item)
+
+    for item in passes:
+        add(item)
+    return result
+
+
+@dataclasses.dataclass
+class Step:
+    """One pass that ran: its outcome, its time, and the error when it was rolled back."""
+
+    item: Pass
+    seconds: float
+    outcome: Outcome
+    error: str | None = None
+
+
+def run(
+    model: ir.Model,
+    passes: Sequence[Pass],
+    ctx: Context,
+    check: Callable[[ir.Model, ir.Model, Pass], str | None],
+    on_error: Callable[[ir.Model, Pass, Exception], None],
+) -> tuple[ir.Model, list[Step]]:
+    """Apply ``passes`` in order; each works on a clone (weights are shared) that is dropped when it fails.
+
+    Args:
+        check: called with (before, after, pass); a string says which promise was broken, and the pass is undone.
+        on_error: called with (before, pass, error) for an unexpected exception, to leave a reproduction behind.
+
+    Returns:
+        The new model (the input is untouched) and one `Step` per pass.
+    """
+    steps = []
+    for item in ctx.progress.track(passes, total=len(passes), label="passes"):
+        start = time.perf_counter()
+        draft = model.clone()
+        draft.meta.update(model.meta)
+        error: str | None = None
+        outcome = Outcome()
+        try:
+            outcome = item.apply(draft, ctx)
+            error = check(model, draft, item)
+        except OnnxslimError:
+            raise
+        except Exception as failure:  # a defect in one pass must not cost the user the others
+            on_error(model, item, failure)
+            error = f"internal error: {type(failure).__name__}: {failure}"
+        if error is None:
+            model = draft
+        else:
+            ctx.warnings.append(f"{item} was undone: {error}")
+            outcome = Outcome(skipped=[*outcome.skipped, Skip("*", f"undone: {error}")])
+        steps.append(Step(item, time.perf_counter() - start, outcome, error))
+    return model, steps
+
+
+def strictest(passes: Sequence[Pass]) -> Effect:
+    """The weakest promise among ``passes``: what the whole pipeline can promise."""
+    order = [Effect.EXACT, Effect.ROUNDING, Effect.LOSSY]
+    return max((p.effect for p in passes), key=order.index, default=Effect.EXACT)
+
+
+def _split(text: str) -> Iterator[tuple[str, str]]:
+    """Cut at commas outside parentheses, brackets and quotes into (name, options)."""
+    depth, quote, start = 0, "", 0
+    parts: list[str] = []
+    for k, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "([":
+            depth += 1
+        elif char in ")]":
+            depth -= 1
+            if depth < 0:
+                raise UsageError(f"pipeline {text!r}: unexpected {char!r} at character {k + 1}")
+        elif char == "," and depth == 0:
+            parts.append(text[start:k])
+            start = k + 1
+    if depth or quote:
+        raise UsageError(f"pipeline {text!r}: unclosed {'quote' if quote else 'parenthesis'}")
+    parts.append(text[start:])
+    for part in parts:
+        match = re.fullmatch(r"\s*([A-Za-z_][\w-]*)\s*(?:\((.*)\))?\s*", part, re.DOTALL)
+        if match is None:
+            raise UsageError(
+                f"pipeline {text!r}: {part.strip() or 'an empty item'!r} is not name or name(option=value)"
+            )
+        yield match.group(1), match.group(2) or ""
+
+
+def _build(name: str, options: str) -> Pass:
+    cls = find(name)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    # Bare words are strings except the three literals; Python's own parser then does the rest, and evaluates nothing.
+    try:
+        call = ast.parse(f"f({options})", mode="eval").body
+    except SyntaxError as error:
+        raise UsageError(f"{name}({options}): options are name=value pairs separated by commas") from error
+    assert isinstance(call, ast.Call)
+    if call.args or any(k.arg is None for k in call.keywords):
+        raise UsageError(f"{name}({options}): options are name=value pairs; {name} has {', '.join(fields) or 'none'}")
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for keyword in call.keywords:
+        option = str(keyword.arg)
+        if option not in fields:
+            near = difflib.get_close_matches(option, fields, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{name}: unknown option {option!r}: there are {', '.join(fields) or 'none'}{hint}")
+        if option in values:
+            raise UsageError(f"{name}: option {option!r} is given twice")
+        values[option] = _typed(name, option, _literal(keyword.value, f"{name}({option}=...)"), hints[option])
+    return cls(**values)
+
+
+def _literal(node: ast.expr, where: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+    if isinstance(node, ast.Name):
+        return words.get(node.id, node.id)
+    if isinstance(node, ast.List | ast.Tuple):
+        return tuple(_literal(item, where) for item in node.elts)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{where}: {ast.unparse(node)} is not a number, word, string or list") from error
+
+
+def _typed(name: str, option: str, value: Any, hint: Any) -> Any:
+    """``value`` if it fits the annotation of the field (an int passes for a float)."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        base = getattr(kind, "__origin__", kind)
+        if kind is type(None) and value is None:
+            return None
+        if base is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if base is int and isinstance(value, bool):
+            continue
+        if isinstance(base, type) and isinstance(value, base):
+            return value
+        if base is tuple and isinstance(value, str):
+            return (value,)
+    readable = " or ".join("none" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
+    raise UsageError(f"{name}: option {option}={value!r} must be {readable}")

@@ -1,0 +1,223 @@
+"""ONNX Runtime: sessions, forward passes and latency. The only file that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnxslim import model as model_io
+from onnxslim.errors import ModelError, UsageError
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+# Above this many bytes of weights a session reads them from disk, so that no serialized copy sits in memory.
+IN_MEMORY = 256_000_000
+
+
+class Runner:
+    """A session together with the names it takes and gives: ``runner(feeds) -> {output: array}``."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.inputs = [i.name for i in session.get_inputs()]
+        self.outputs = [o.name for o in session.get_outputs()]
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        results = self.session.run(None, {name: feeds[name] for name in self.inputs})
+        return dict(zip(self.outputs, results, strict=True))
+
+
+def options(*, threads: int = 0, optimize: bool = True, optimized_path: str | None = None) -> ort.SessionOptions:
+    """Session options: quiet, ``threads`` intra-operator threads (0: the runtime's choice)."""
+    chosen = ort.SessionOptions()
+    chosen.log_severity_level = 4
+    chosen.intra_op_num_threads = threads
+    chosen.inter_op_num_threads = 1
+    level = ort.GraphOptimizationLevel
+    chosen.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if optimized_path is not None:
+        chosen.optimized_model_filepath = optimized_path
+    return chosen
+
+
+def load(
+    source: ir.Model | str | os.PathLike[str],
+    *,
+    ep: str = "cpu",
+    threads: int = 0,
+    optimize: bool = True,
+    optimized_path: str | None = None,
+) -> Runner:
+    """A `Runner` for a model or a file on one execution provider.
+
+    Raises:
+        UsageError: the execution provider is unknown or not in the installed onnxruntime.
+        ModelError: ONNX Runtime refuses the model.
+    """
+    if ep not in PROVIDERS:
+        raise UsageError(f"unknown execution provider {ep!r}: give one of {', '.join(PROVIDERS)}")
+    if PROVIDERS[ep] not in ort.get_available_providers():
+        raise UsageError(
+            f"the installed onnxruntime has no {PROVIDERS[ep]}: install "
+            f"{'onnxruntime-gpu' if ep == 'cuda' else 'onnxruntime-openvino'} in an environment of its own"
+        )
+    providers = [PROVIDERS[ep]]
+    chosen = options(threads=threads, optimize=optimize, optimized_path=optimized_path)
+    with contextlib.ExitStack() as stack:
+        content: bytes | str
+        if not isinstance(source, ir.Model):
+            content, name = os.fspath(source), os.fspath(source)
+        elif model_io.weight_bytes(source) < IN_MEMORY:
+            content, name = model_io.to_bytes(source), source.graph.name or "the model"
+        else:
+            content, name = str(stack.enter_context(model_io.on_disk(source))), source.graph.name or "the model"
+        try:
+            return Runner(ort.InferenceSession(content, chosen, providers=providers))
+        except Exception as error:  # the binding raises a dozen unrelated types
+            raise ModelError(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+
+
+def run(runner: Runner, feeds: Mapping[str, np.ndarray], where: str = "the model") -> dict[str, Any]:
+    """One forward pass.
+
+    Raises:
+        ModelError: the model fails on this input.
+    """
+    try:
+        return runner(feeds)
+    except Exception as error:  # as above
+        shapes = {name: list(a.shape) for name, a in feeds.items()}
+        raise ModelError(f"{where}: fails on inputs {shapes}: {_first_line(error)}") from error
+
+
+def tap(
+    model: ir.Model,
+    names: Iterable[str],
+    feeds: Iterable[Mapping[str, np.ndarray]],
+    *,
+    threads: int = 0,
+    optimize: bool = True,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Run ``model`` on each sample and yield the values called ``names`` (inputs and intermediate tensors).
+
+    Only the part of the graph that these values need is computed, and one sample's tensors are in memory at a time.
+    Values inside subgraphs cannot be tapped.
+    """
+    wanted = list(dict.fromkeys(names))
+    clone = model.clone()
+    values = {v.name: v for v in clone.graph.inputs}
+    for node in clone.graph:
+        values.update((v.name, v) for v in node.outputs)
+    clone.graph.outputs.clear()
+    inputs = {v.name for v in clone.graph.inputs}
+    for name in wanted:
+        if name in inputs:
+            continue
+        value = values[name]
+        # ONNX Runtime infers the type of an intermediate value itself; a declared shape may be stale or too narrow.
+        value.shape = None
+        clone.graph.outputs.append(value)
+    if not clone.graph.outputs:
+        for feed in feeds:
+            yield {name: np.asarray(feed[name]) for name in wanted}
+        return
+    from onnxslim.graph import remove_dead
+
+    remove_dead(clone.graph)
+    runner = load(clone, threads=threads, optimize=optimize)
+    for feed in feeds:
+        results = run(runner, feed)
+        yield {name: results[name] if name in results else np.asarray(feed[name]) for name in wanted}
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass: median, 10th and 90th percentile, number of runs."""
+
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Latencies of several models measured in turn, and each one's speed over the first with a 95 % interval."""
+
+    latency: list[Latency]
+    speedup: list[float]
+    interval: list[tuple[float, float]]
+
+
+def compare_latency(
+    runners: Sequence[Runner],
+    feeds: Sequence[Sequence[Mapping[str, np.ndarray]]],
+    *,
+    seconds: float = 3.0,
+    min_rounds: int = 5,
+    max_rounds: int = 400,
+    seed: int = 0,
+) -> Comparison:
+    """Measure ``runners`` in turn, one pass each per round, until ``seconds`` have passed.
+
+    Interleaving makes the *ratios* hold on a machine whose speed drifts: each round compares passes that ran within
+    the same instant, in an order drawn anew. The speed-up is the median over rounds of first / other, its interval a
+    bootstrap over rounds. ``feeds[i]`` are the samples of runner i, used cyclically.
+    """
+    rng = np.random.default_rng(seed)
+    for runner, samples in zip(runners, feeds, strict=True):
+        for _ in range(3):
+            runner(samples[0])
+    rounds: list[list[float]] = []
+    stop = time.perf_counter() + seconds
+    while len(rounds) < min_rounds or (time.perf_counter() < stop and len(rounds) < max_rounds):
+        k = len(rounds)
+        row = [0.0] * len(runners)
+        for i in rng.permutation(len(runners)):
+            sample = feeds[i][k % len(feeds[i])]
+            start = time.perf_counter()
+            runners[i](sample)
+            row[i] = 1e3 * (time.perf_counter() - start)
+        rounds.append(row)
+    table = np.array(rounds)
+    ratios = table[:, :1] / table
+    draws = rng.integers(0, len(table), (500, len(table)))
+    medians = np.median(ratios[draws], axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5], axis=0)
+    return Comparison(
+        [
+            Latency(float(np.median(c)), float(np.percentile(c, 10)), float(np.percentile(c, 90)), len(c))
+            for c in table.T
+        ],
+        [float(r) for r in np.median(ratios, axis=0)],
+        [(float(a), float(b)) for a, b in zip(low, high, strict=True)],
+    )
+
+
+def optimized(model: ir.Model | Path, *, ep: str = "cpu", threads: int = 0) -> ir.Model:
+    """The graph that ONNX Runtime really executes on ``ep``: shows which kernels were fused."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="onnxslim-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        load(model, ep=ep, threads=threads, optimized_path=str(path))
+        result = ir.load(path)
+        ir.external_data.load_to_model(result)
+        return result
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
