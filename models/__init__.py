@@ -1,0 +1,1 @@
+"""Real models and data for tests and benchmarks: fetched from registry packages, or trained here; never installed."""
