@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,15 +53,21 @@ def options(*, threads: int = 0, optimize: bool = True, optimized_path: str | No
     return chosen
 
 
+def available(ep: str) -> bool:
+    """True when the installed onnxruntime was built with this execution provider."""
+    return PROVIDERS[ep] in ort.get_available_providers()
+
+
 def load(
-    source: ir.Model | str | os.PathLike[str],
+    source: ir.Model | bytes | str | os.PathLike[str],
     *,
     ep: str = "cpu",
     threads: int = 0,
     optimize: bool = True,
     optimized_path: str | None = None,
+    chosen: ort.SessionOptions | None = None,
 ) -> Runner:
-    """A `Runner` for a model or a file on one execution provider.
+    """A `Runner` for a model, a serialized one, or a file on one execution provider.
 
     Raises:
         UsageError: the execution provider is unknown or not in the installed onnxruntime.
@@ -68,16 +75,19 @@ def load(
     """
     if ep not in PROVIDERS:
         raise UsageError(f"unknown execution provider {ep!r}: give one of {', '.join(PROVIDERS)}")
-    if PROVIDERS[ep] not in ort.get_available_providers():
+    if not available(ep):
         raise UsageError(
             f"the installed onnxruntime has no {PROVIDERS[ep]}: install "
             f"{'onnxruntime-gpu' if ep == 'cuda' else 'onnxruntime-openvino'} in an environment of its own"
         )
     providers = [PROVIDERS[ep]]
-    chosen = options(threads=threads, optimize=optimize, optimized_path=optimized_path)
+    if chosen is None:
+        chosen = options(threads=threads, optimize=optimize, optimized_path=optimized_path)
     with contextlib.ExitStack() as stack:
         content: bytes | str
-        if not isinstance(source, ir.Model):
+        if isinstance(source, bytes):
+            content, name = source, "the given bytes"
+        elif not isinstance(source, ir.Model):
             content, name = os.fspath(source), os.fspath(source)
         elif model_io.weight_bytes(source) < IN_MEMORY:
             content, name = model_io.to_bytes(source), source.graph.name or "the model"
@@ -204,6 +214,44 @@ def compare_latency(
         [float(r) for r in np.median(ratios, axis=0)],
         [(float(a), float(b)) for a, b in zip(low, high, strict=True)],
     )
+
+
+def profile(
+    model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], *, ep: str = "cpu", threads: int = 0, rounds: int = 8
+) -> dict[str, float]:
+    """Milliseconds that each node of the graph really executed takes, by the name ONNX Runtime gave it.
+
+    The median over ``rounds`` passes for each sample of ``feeds``, averaged over the samples. Names that the runtime
+    derives from ours are reduced to ours (see `original_name`), and times under the same name are added.
+    """
+    import json
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="onnxslim-") as folder:
+        chosen = options(threads=threads)
+        chosen.enable_profiling = True
+        chosen.profile_file_prefix = str(Path(folder) / "profile")
+        runner = load(model, ep=ep, chosen=chosen)
+        for sample in feeds:
+            for _ in range(rounds):
+                runner(sample)
+        events = json.loads(Path(runner.session.end_profiling()).read_text())
+    times: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            times.setdefault(event["name"].removesuffix("_kernel_time"), []).append(event["dur"] / 1e3)
+    totals: dict[str, float] = {}
+    for name, found in times.items():
+        # A node in a loop body runs several times per pass: what counts is its share of one pass.
+        per_pass = float(np.median(found)) * len(found) / (rounds * len(feeds))
+        totals[original_name(name)] = totals.get(original_name(name), 0.0) + per_pass
+    return totals
+
+
+def original_name(name: str) -> str:
+    """The node or value name of the file that ONNX Runtime's name for a fused or rewritten node comes from."""
+    name = re.sub(r"_token_\d+$", "", name.removeprefix("fused "))
+    return re.sub(r"_(nchwc|nhwc)$", "", name)
 
 
 def optimized(model: ir.Model | Path, *, ep: str = "cpu", threads: int = 0) -> ir.Model:
