@@ -6,11 +6,15 @@ graph output cannot be replaced without losing its name); these functions do it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -81,6 +85,7 @@ def fresh_name(graph: ir.Graph, hint: str) -> str:
         used.update(v.name for v in graph.inputs if v.name)
         used.update(name for name in graph.initializers if name)
         used.update(v.name for node in graph.all_nodes() for v in node.outputs if v.name)
+        used.update(v.name for inner in graph.subgraphs() for v in inner.inputs if v.name)
         used.update(node.name for node in graph.all_nodes() if node.name)
     name, count = hint, 1
     while name in used:
@@ -199,6 +204,28 @@ def known_shape(value: ir.Value | None) -> tuple[int | None, ...] | None:
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
     """True when ``node`` is one of these operators of the standard domain."""
     return node is not None and node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs among the attributes of ``node``, in order."""
+    for attr in node.attributes.values():
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.as_graphs()
+
+
+def is_deterministic(node: ir.Node) -> bool:
+    """True when the outputs depend on the inputs alone: a standard operator that draws no random numbers.
+
+    Operators of other domains count as not deterministic: nobody knows what they do.
+    """
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        training = constant(node.inputs[2])
+        return training is not None and not training.any()
+    return node.op_type not in RANDOM and all(is_deterministic(inner) for sub in subgraphs(node) for inner in sub)
 
 
 def only_user(value: ir.Value) -> ir.Node | None:

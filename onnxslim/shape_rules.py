@@ -1,0 +1,548 @@
+"""Output shapes, and contents of small integer tensors, operator by operator.
+
+A rule takes a `Call` (a node with what is known about its inputs) and returns one `Fact` per output, leading ones
+first; None stands for an output about which nothing is known. Contents are object arrays of `symbolic.Dim`: the
+operators that only move data are run on them as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import symbolic
+from onnxslim.graph import attribute
+from onnxslim.symbolic import Dim
+
+Shape: TypeAlias = tuple[Dim, ...]
+# Contents with more elements than this are not followed: shape arithmetic is short.
+MAX_CONTENT = 256
+# Slice ends at or beyond this mean "to the end" in every exporter.
+FAR = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fact:
+    """What is known about a tensor: its shape (None: not even the rank) and, for small integer tensors, its content."""
+
+    shape: Shape | None
+    content: np.ndarray | None = None
+
+
+NOTHING = Fact(None)
+
+
+class Call:
+    """A node together with the facts of its inputs (None for an absent one)."""
+
+    __slots__ = ("facts", "node", "opset")
+
+    def __init__(self, node: ir.Node, facts: Sequence[Fact | None], opset: int) -> None:
+        self.node = node
+        self.facts = facts
+        self.opset = opset
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """The value of an attribute."""
+        return attribute(self.node, name, default)
+
+    def has(self, index: int) -> bool:
+        """True when the input is given."""
+        return index < len(self.facts) and self.facts[index] is not None
+
+    def shape(self, index: int = 0) -> Shape | None:
+        """Shape of an input."""
+        fact = self.facts[index] if index < len(self.facts) else None
+        return None if fact is None else fact.shape
+
+    def content(self, index: int = 0) -> np.ndarray | None:
+        """Content of an input."""
+        fact = self.facts[index] if index < len(self.facts) else None
+        return None if fact is None else fact.content
+
+    def dims(self, index: int) -> list[Dim] | None:
+        """The content of a vector (or scalar) input as a list."""
+        content = self.content(index)
+        return None if content is None else list(content.reshape(-1))
+
+    def ints(self, index: int) -> list[int] | None:
+        """The content of a vector input when all of it is numbers."""
+        dims = self.dims(index)
+        return None if dims is None or not all(isinstance(d, int) for d in dims) else [int(d) for d in dims]  # type: ignore[arg-type]
+
+    def param(self, name: str, index: int) -> list[int] | None:
+        """A list of integers that older opsets give as an attribute and newer ones as an input; None: unknown."""
+        return self.ints(index) if self.has(index) else self.attr(name)
+
+
+Rule: TypeAlias = Callable[[Call], Sequence[Fact | None]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*op_types: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators of the standard domain."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(op_types, function))
+        return function
+
+    return register
+
+
+def anything(rank: int) -> Shape:
+    """A shape of which only the rank is known."""
+    return tuple(symbolic.unknown(0) for _ in range(rank))
+
+
+def as_content(values: Any, shape: Shape) -> np.ndarray | None:
+    """An object array of a given shape, or None when the shape is not made of numbers or too large."""
+    numbers = [d for d in shape if isinstance(d, int)]
+    if len(numbers) < len(shape) or math.prod(numbers) > MAX_CONTENT:
+        return None
+    result = np.full(numbers, None, object)
+    result.reshape(-1)[:] = list(values)
+    return result
+
+
+def each(function: Callable[..., Dim], *arrays: np.ndarray) -> np.ndarray:
+    """``function`` applied element by element to object arrays, broadcast against each other."""
+    return np.asarray(np.frompyfunc(function, len(arrays), 1)(*arrays), object)
+
+
+def moved(call: Call, shape: Shape | None, move: Callable[[np.ndarray], np.ndarray]) -> list[Fact]:
+    """The fact of a data movement: ``move`` applied to the content when there is one."""
+    content = call.content()
+    if content is None:
+        return [Fact(shape)]
+    result = np.asarray(move(content), object)
+    return [Fact(result.shape, result if result.size <= MAX_CONTENT else None)]
+
+
+def axis_of(axis: int, rank: int) -> int:
+    """A possibly negative axis counted from the front."""
+    return axis + rank if axis < 0 else axis
+
+
+SHAPE_OF_FIRST_INPUT = """
+    Acos Acosh Asin Asinh Atan Atanh BatchNormalization Bernoulli BitwiseNot Ceil Celu Clip Cos Cosh CumProd CumSum
+    DequantizeLinear Dropout Elu Erf Exp EyeLike Floor Gelu GroupNormalization HardSigmoid HardSwish Hardmax
+    InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Log LogSoftmax LpNormalization
+    MeanVarianceNormalization Mish PRelu QuantizeLinear RMSNormalization RandomNormalLike RandomUniformLike
+    Reciprocal Relu ReverseSequence RotaryEmbedding Round Scatter ScatterElements ScatterND Selu Shrink Sigmoid Sin
+    Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh TensorScatter ThresholdedRelu Trilu
+"""
+
+
+def same_shape(call: Call) -> Sequence[Fact | None]:
+    """The first output has the shape of the first input."""
+    return [Fact(call.shape())]
+
+
+RULES.update(dict.fromkeys(SHAPE_OF_FIRST_INPUT.split(), same_shape))
+
+
+def _comparison(test: Callable[[int], bool]) -> Callable[[Dim, Dim], Dim]:
+    """A comparison of two numbers, decided where the difference has a bound that decides it."""
+
+    def compare(a: Dim, b: Dim) -> Dim:
+        difference = a - b
+        if isinstance(difference, int):
+            return int(test(difference))
+        low, high = symbolic.bounds(difference)
+        if low is not None and low >= 0 and test(low) == test(low + 1):
+            return int(test(low + 1))
+        if high is not None and high <= 0 and test(high) == test(high - 1):
+            return int(test(high - 1))
+        return symbolic.unknown(0, 1)
+
+    return compare
+
+
+def _logical(known: Callable[[bool, bool], bool], absorbing: int) -> Callable[[Dim, Dim], Dim]:
+    def combine(a: Dim, b: Dim) -> Dim:
+        if isinstance(a, int) and isinstance(b, int):
+            return int(known(bool(a), bool(b)))
+        if absorbing in (a, b):
+            return absorbing
+        if isinstance(a, int) or isinstance(b, int):
+            return b if isinstance(a, int) else a
+        return a if a == b else symbolic.unknown(0, 1)
+
+    return combine
+
+
+def _mod(a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int) and b:
+        return a % b
+    if b == 0 or symbolic.sign(b) != 1:
+        return symbolic.unknown()
+    return a - b * symbolic.floor_divide(a, b)
+
+
+def _truncate(a: Dim, b: Dim) -> Dim:
+    return symbolic.unknown() if b == 0 else symbolic.truncate_divide(a, b)
+
+
+BINARY: dict[str, Callable[[Dim, Dim], Dim]] = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Div": _truncate,
+    "Mod": _mod,
+    "Min": symbolic.minimum,
+    "Max": symbolic.maximum,
+    "Sum": operator.add,
+    "And": _logical(operator.and_, 0),
+    "Or": _logical(operator.or_, 1),
+    "Equal": _comparison(lambda d: d == 0),
+    "Less": _comparison(lambda d: d < 0),
+    "LessOrEqual": _comparison(lambda d: d <= 0),
+    "Greater": _comparison(lambda d: d > 0),
+    "GreaterOrEqual": _comparison(lambda d: d >= 0),
+}
+
+
+BROADCAST = """
+    Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min
+    Mod Mul Or Pow Sub Sum Xor
+"""
+
+
+@rule(*BROADCAST.split())
+def elementwise(call: Call) -> Sequence[Fact | None]:
+    """Operators with any number of inputs, broadcast against each other."""
+    shapes = [fact.shape for fact in call.facts if fact is not None]
+    if call.opset < 7 and call.node.op_type not in ("Max", "Mean", "Min", "Sum"):
+        return [Fact(shapes[0])]  # the second operand is stretched to the first
+    shape = broadcast_shapes(shapes)
+    contents = [fact.content for fact in call.facts if fact is not None and fact.content is not None]
+    function = BINARY.get(call.node.op_type)
+    if function is None or len(contents) < len(shapes) or (call.node.op_type == "Mod" and call.attr("fmod", 0)):
+        return [Fact(shape)]
+    result = contents[0]
+    for other in contents[1:]:
+        result = each(function, result, other)
+    return [Fact(shape, result)]
+
+
+def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
+    """Shape of an elementwise result."""
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) < len(shapes):
+        return None
+    rank = max(map(len, known), default=0)
+    result: list[Dim] = [1] * rank
+    for shape in known:
+        for k, dim in enumerate(shape, rank - len(shape)):
+            result[k] = symbolic.broadcast(result[k], dim)
+    return tuple(result)
+
+
+UNARY: dict[str, Callable[[Dim], Dim]] = {
+    "Abs": lambda a: a if symbolic.nonnegative(a) else -a if symbolic.nonnegative(-a) else symbolic.unknown(0),
+    "Neg": operator.neg,
+    "Not": lambda a: int(not a) if isinstance(a, int) else 1 - a,
+    "Sign": lambda a: symbolic.unknown(-1, 1) if symbolic.sign(a) is None else symbolic.sign(a) or 0,
+}
+
+
+@rule(*UNARY)
+def unary(call: Call) -> Sequence[Fact | None]:
+    """Elementwise operators of one input that shape arithmetic uses."""
+    content = call.content()
+    if content is None:
+        return [Fact(call.shape())]
+    return [Fact(content.shape, each(UNARY[call.node.op_type], content))]
+
+
+_INTEGERS = {
+    ir.DataType.INT64: (-(2**63), 2**63 - 1),
+    ir.DataType.INT32: (-(2**31), 2**31 - 1),
+}
+
+
+@rule("Cast", "CastLike")
+def cast(call: Call) -> Sequence[Fact | None]:
+    """Integers stay what they are where the new type holds them; sizes of tensors fit in 32 bits."""
+    content = call.content()
+    to = call.node.outputs[0].dtype if call.node.op_type == "CastLike" else ir.DataType(call.attr("to"))
+    if content is None or to is None:
+        return [Fact(call.shape())]
+    if to is ir.DataType.BOOL:
+        return [Fact(content.shape, each(_truth, content))]
+    if to not in _INTEGERS:
+        return [Fact(content.shape)]
+    low, high = _INTEGERS[to]
+    inside = all(not isinstance(d, int) or low <= d <= high for d in content.reshape(-1))
+    return [Fact(content.shape, content if inside else None)]
+
+
+def _truth(dim: Dim) -> Dim:
+    if isinstance(dim, int):
+        return int(dim != 0)
+    if symbolic.bounds(dim) == (0, 1):
+        return dim
+    return 1 if symbolic.sign(dim) in (-1, 1) else symbolic.unknown(0, 1)
+
+
+@rule("Identity")
+def identity(call: Call) -> Sequence[Fact | None]:
+    """Everything stays."""
+    return [call.facts[0]]
+
+
+@rule("Where")
+def where(call: Call) -> Sequence[Fact | None]:
+    """Element by element, decided where the condition is."""
+    shape = broadcast_shapes([call.shape(k) for k in range(3)])
+    contents = [c for c in (call.content(k) for k in range(3)) if c is not None]
+    if len(contents) < 3:
+        return [Fact(shape)]
+
+    def choose(condition: Dim, yes: Dim, no: Dim) -> Dim:
+        if isinstance(condition, int):
+            return yes if condition else no
+        if yes == no:
+            return yes
+        return symbolic.unknown(0 if symbolic.nonnegative(yes) and symbolic.nonnegative(no) else None)
+
+    return [Fact(shape, each(choose, *contents))]
+
+
+@rule("Shape")
+def shape_of(call: Call) -> Sequence[Fact | None]:
+    """The sizes themselves."""
+    shape = call.shape()
+    if shape is None:
+        return [Fact(anything(1))]
+    part = shape[slice(call.attr("start", 0), call.attr("end"))]
+    return [Fact((len(part),), as_content(part, (len(part),)))]
+
+
+@rule("Size")
+def size_of(call: Call) -> Sequence[Fact | None]:
+    """The number of elements."""
+    shape = call.shape()
+    return [Fact((), None if shape is None else as_content([symbolic.product(shape)], ()))]
+
+
+@rule("ReduceSum", "ReduceProd", "ReduceMax", "ReduceMin")
+def reduce_content(call: Call) -> Sequence[Fact | None]:
+    """Reductions that shape arithmetic uses."""
+    fact = reduce(call)[0]
+    content, axes = call.content(), _reduced_axes(call)
+    if content is None or axes is None or fact is None or not content.size:
+        return [fact]
+    function = {
+        "ReduceSum": operator.add,
+        "ReduceProd": operator.mul,
+        "ReduceMax": symbolic.maximum,
+        "ReduceMin": symbolic.minimum,
+    }[call.node.op_type]
+    result: Any = content
+    keep = bool(call.attr("keepdims", 1))
+    for axis in sorted(axes, reverse=True):
+        rows = np.moveaxis(result, axis, 0)
+        total: Any = rows[0]
+        for row in rows[1:]:
+            total = each(function, np.asarray(total, object), np.asarray(row, object))
+        total = np.asarray(total, object)
+        result = np.expand_dims(total, axis) if keep else total
+    return [Fact(result.shape, result)]
+
+
+def _reduced_axes(call: Call) -> list[int] | None:
+    shape = call.shape()
+    if shape is None:
+        return None
+    axes = call.param("axes", 1)
+    if axes is None and call.has(1):
+        return None
+    if not axes:
+        return [] if call.attr("noop_with_empty_axes", 0) else list(range(len(shape)))
+    return [axis_of(a, len(shape)) for a in axes]
+
+
+@rule("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceSumSquare")
+def reduce(call: Call) -> Sequence[Fact | None]:
+    """The reduced axes become 1 or go."""
+    shape, axes = call.shape(), _reduced_axes(call)
+    keep = bool(call.attr("keepdims", 1))
+    if shape is None:
+        return [NOTHING]
+    if axes is None:
+        return [Fact(anything(len(shape)))] if keep else [NOTHING]
+    if keep:
+        return [Fact(tuple(1 if k in axes else d for k, d in enumerate(shape)))]
+    return [Fact(tuple(d for k, d in enumerate(shape) if k not in axes))]
+
+
+@rule("ArgMax", "ArgMin")
+def arg(call: Call) -> Sequence[Fact | None]:
+    """One axis becomes 1 or goes."""
+    shape = call.shape()
+    if shape is None:
+        return [NOTHING]
+    axis = axis_of(call.attr("axis", 0), len(shape))
+    middle: Shape = (1,) if call.attr("keepdims", 1) else ()
+    return [Fact((*shape[:axis], *middle, *shape[axis + 1 :]))]
+
+
+@rule("ConstantOfShape")
+def constant_of_shape(call: Call) -> Sequence[Fact | None]:
+    """The content of the input is the shape."""
+    dims = call.dims(0)
+    if dims is None:
+        length = call.shape()
+        return [Fact(anything(length[0])) if length and isinstance(length[0], int) else NOTHING]
+    shape = tuple(d if symbolic.nonnegative(d) else symbolic.unknown(0) for d in dims)
+    value = call.node.attributes.get("value")
+    filler: Any = 0
+    if value is not None:
+        tensor = value.as_tensor()
+        if tensor.dtype not in (*_INTEGERS, ir.DataType.BOOL):
+            return [Fact(shape)]
+        filler = int(tensor.numpy().reshape(-1)[0])
+    else:
+        return [Fact(shape)]  # the default is float
+    numbers = [d for d in shape if isinstance(d, int)]
+    small = len(numbers) == len(shape) and math.prod(numbers) <= MAX_CONTENT
+    return [Fact(shape, as_content([filler] * math.prod(numbers), shape) if small else None)]
+
+
+@rule("Range")
+def range_(call: Call) -> Sequence[Fact | None]:
+    """ceil((limit - start) / delta) numbers."""
+    contents = [call.dims(k) for k in range(3)]
+    if any(c is None for c in contents):
+        return [Fact(anything(1))]
+    start, limit, delta = (c[0] for c in contents if c)
+    if all(isinstance(v, int) for v in (start, limit, delta)) and delta:
+        numbers = range(start, limit, delta)  # type: ignore[arg-type]
+        return [Fact((len(numbers),), as_content(numbers, (len(numbers),)) if len(numbers) <= MAX_CONTENT else None)]
+    if not isinstance(delta, int) or delta <= 0:
+        return [Fact(anything(1))]
+    return [Fact((symbolic.maximum(symbolic.floor_divide(limit - start + (delta - 1), delta), 0),))]
+
+
+@rule("NonZero")
+def nonzero(call: Call) -> Sequence[Fact | None]:
+    """One row per axis, as many columns as there are elements that are not zero."""
+    shape = call.shape()
+    return [Fact((symbolic.unknown(0) if shape is None else len(shape), symbolic.unknown(0)))]
+
+
+@rule("OneHot")
+def one_hot(call: Call) -> Sequence[Fact | None]:
+    """A new axis of the given depth."""
+    shape, depth = call.shape(), call.dims(1)
+    if shape is None:
+        return [NOTHING]
+    axis = axis_of(call.attr("axis", -1), len(shape) + 1)
+    size = depth[0] if depth else symbolic.unknown(0)
+    return [Fact((*shape[:axis], size, *shape[axis:]))]
+
+
+@rule("TopK")
+def top_k(call: Call) -> Sequence[Fact | None]:
+    """The chosen axis has size k; two outputs."""
+    shape = call.shape()
+    if shape is None:
+        return [NOTHING, NOTHING]
+    axis = axis_of(call.attr("axis", -1), len(shape))
+    sizes = call.dims(1) if call.has(1) else [call.attr("k")] if call.attr("k") is not None else None
+    size = sizes[0] if sizes else symbolic.unknown(0)
+    fact = Fact((*shape[:axis], size, *shape[axis + 1 :]))
+    return [fact, fact]
+
+
+@rule("MatMul", "MatMulInteger")
+def matmul(call: Call) -> Sequence[Fact | None]:
+    """numpy.matmul."""
+    a, b = call.shape(0), call.shape(1)
+    return [Fact(_matmul_shape(a, b))]
+
+
+@rule("QLinearMatMul")
+def qlinear_matmul(call: Call) -> Sequence[Fact | None]:
+    """numpy.matmul of the inputs 0 and 3."""
+    return [Fact(_matmul_shape(call.shape(0), call.shape(3)))]
+
+
+def _matmul_shape(a: Shape | None, b: Shape | None) -> Shape | None:
+    if not a or not b:
+        return None
+    batch = broadcast_shapes([a[:-2], b[:-2]])
+    rows = a[-2:-1] if len(a) > 1 else ()
+    columns = b[-1:] if len(b) > 1 else ()
+    return None if batch is None else (*batch, *rows, *columns)
+
+
+@rule("Gemm")
+def gemm(call: Call) -> Sequence[Fact | None]:
+    """(M, N)."""
+    a, b = call.shape(0), call.shape(1)
+    if a is None or b is None or len(a) != 2 or len(b) != 2:
+        return [Fact(anything(2))]
+    return [Fact((a[1 if call.attr("transA", 0) else 0], b[0 if call.attr("transB", 0) else 1]))]
+
+
+@rule("Einsum")
+def einsum(call: Call) -> Sequence[Fact | None]:
+    """The sizes of the letters after the arrow."""
+    equation = str(call.attr("equation")).replace(" ", "")
+    if "." in equation or "->" not in equation:
+        return [NOTHING]
+    left, right = equation.split("->")
+    sizes: dict[str, Dim] = {}
+    for letters, fact in zip(left.split(","), call.facts, strict=False):
+        if fact is None or fact.shape is None or len(fact.shape) != len(letters):
+            return [NOTHING]
+        for letter, dim in zip(letters, fact.shape, strict=True):
+            sizes[letter] = symbolic.broadcast(sizes.get(letter, 1), dim)
+    return [Fact(tuple(sizes[letter] for letter in right))]
+
+
+@rule("LSTM", "GRU", "RNN")
+def recurrent(call: Call) -> Sequence[Fact | None]:
+    """(sequence, directions, batch, hidden), and the last states."""
+    x, weights = call.shape(0), call.shape(2)
+    if x is None or weights is None or len(x) != 3 or len(weights) != 3:
+        return []
+    directions, hidden = weights[0], weights[2]
+    if call.attr("layout", 0):
+        batch, length = x[0], x[1]
+        return [Fact((batch, length, directions, hidden)), *[Fact((batch, directions, hidden))] * 2]
+    length, batch = x[0], x[1]
+    return [Fact((length, directions, batch, hidden)), *[Fact((directions, batch, hidden))] * 2]
+
+
+@rule("GridSample")
+def grid_sample(call: Call) -> Sequence[Fact | None]:
+    """(N, C) of the input and the spatial sizes of the grid."""
+    x, grid = call.shape(0), call.shape(1)
+    return [NOTHING if x is None or grid is None else Fact((*x[:2], *grid[1:-1]))]
+
+
+@rule("Attention")
+def attention(call: Call) -> Sequence[Fact | None]:
+    """(batch, heads, queries, value size), or (batch, queries, heads * value size)."""
+    q, v = call.shape(0), call.shape(2)
+    if q is None or v is None:
+        return [NOTHING]
+    if len(q) == 4:
+        return [Fact((*q[:3], v[3]))]
+    size = symbolic.quotient([v[2], call.attr("q_num_heads")], [call.attr("kv_num_heads")])
+    return [NOTHING if size is None else Fact((*q[:2], size))]
+
+
+@rule("STFT")
+def stft(call: Call) -> Sequence[Fact | None]:
+    """(batch, frames, frequencies, 2)."""
+    return [Fact(anything(4))]

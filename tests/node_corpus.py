@@ -1,0 +1,61 @@
+"""The node cases of the onnx package: one small model per operator and setting, with inputs and expected outputs."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxslim import model as model_io
+from onnxslim.errors import ModelError
+
+Case = tuple[str, onnx.ModelProto, list[Any], list[Any]]
+
+
+@functools.cache
+def cases() -> tuple[Case, ...]:
+    """Every case that holds one data set of tensors: (name, model, inputs, outputs)."""
+    import onnx.backend.test.case.node as node_cases
+
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        found = node_cases.collect_testcases(None)
+    return tuple((case.name, case.model, *map(list, case.data_sets[0])) for case in found if case.data_sets)
+
+
+def is_tensor(value: Any) -> bool:
+    """True for what ONNX Runtime takes and gives as an array."""
+    return isinstance(value, np.ndarray | np.generic)
+
+
+def loaded(proto: onnx.ModelProto) -> ir.Model | None:
+    """The model as passes see it, or None when it cannot be loaded at all (then nothing can go wrong either)."""
+    try:
+        return model_io.load(proto)
+    except ModelError:
+        return None
+
+
+def with_constants(proto: onnx.ModelProto, inputs: list[Any]) -> Iterator[tuple[onnx.ModelProto, list[Any]]]:
+    """Variants of a case: as it is; small integer inputs made weights; all tensor inputs made weights."""
+    yield proto, inputs
+    for everything in (False, True):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(proto)
+        left = []
+        for value, array in zip(proto.graph.input, inputs, strict=False):
+            integer = is_tensor(array) and np.asarray(array).dtype in (np.int64, np.int32, np.bool_)
+            small = is_tensor(array) and np.asarray(array).size <= 256
+            plain = value.type.HasField("tensor_type") and is_tensor(array) and np.asarray(array).dtype.kind in "biuf"
+            if plain and ((integer and small) or everything):
+                copy.graph.input.remove(value)
+                copy.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), value.name))
+            else:
+                left.append(array)
+        if len(left) < len(inputs):
+            yield copy, left
