@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,15 @@ def write_word(generator: np.random.Generator) -> str:
 def write_number(generator: np.random.Generator) -> str:
     """Return a price, a date, a code or a plain number."""
     a, b, c = (int(value) for value in generator.integers((100, 1, 1), (99999, 12, 28), endpoint=True))
-    forms = (f"${a / 100:.2f}", f"{2000 + a % 30}-{b:02}-{c:02}", f"No.{a}", f"{a}", f"{b}:{c:02}", f"{c}%", f"(0{b}) {a}")
+    forms = (
+        f"${a / 100:.2f}",
+        f"{2000 + a % 30}-{b:02}-{c:02}",
+        f"No.{a}",
+        f"{a}",
+        f"{b}:{c:02}",
+        f"{c}%",
+        f"(0{b}) {a}",
+    )
     return forms[generator.integers(len(forms))]
 
 

@@ -6,11 +6,13 @@ import importlib
 import logging
 import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -22,7 +24,7 @@ from models.stamps import stamp_images
 if TYPE_CHECKING:
     from torch import nn
 
-HEAD_IMAGES = 8000
+HEAD_IMAGES = 12000
 FASHION_CALIBRATION = 200
 FASHION_EVALUATION = 2000
 
@@ -113,11 +115,11 @@ def fit_head(features: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[
     head = torch.nn.Linear(features.shape[1], 10)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=25, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = functional.cross_entropy(head(inputs), targets) + 2e-3 * head.weight.square().sum()
+        value = functional.cross_entropy(head(inputs), targets) + 8e-3 * head.weight.square().sum()
         value.backward()
         return value
 
@@ -145,10 +147,13 @@ def mobilenetv2_fashion(folder: Path) -> None:
     images, labels = load_images("train")
     chosen = np.random.default_rng(0).permutation(len(images))
     train, calibration = chosen[:HEAD_IMAGES], chosen[HEAD_IMAGES : HEAD_IMAGES + FASHION_CALIBRATION]
-    with torch.inference_mode():
-        parts = np.array_split(train, HEAD_IMAGES // 100)
-        features = torch.cat([backbone(torch.from_numpy(imagenet_pixels(images[part]))) for part in parts])
-    weight, bias = fit_head(features.numpy().copy(), labels[train])
+    with tempfile.TemporaryDirectory() as scratch:
+        # ONNX Runtime is twice as fast as torch here, and this is where the time goes.
+        export(backbone, 96, Path(scratch) / "backbone.onnx")
+        session = ort.InferenceSession(str(Path(scratch) / "backbone.onnx"), providers=["CPUExecutionProvider"])
+        parts = np.array_split(train, HEAD_IMAGES // 32)
+        features = np.concatenate([session.run(None, {"image": imagenet_pixels(images[part])})[0] for part in parts])
+    weight, bias = fit_head(features, labels[train])
     head = torch.nn.Linear(weight.shape[1], weight.shape[0])
     head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
     export(torch.nn.Sequential(backbone, head).eval(), 96, folder / "model.onnx")

@@ -105,7 +105,7 @@ def embed(outputs: Arrays, sample: Arrays) -> NDArray[np.float64]:
 
 
 def similarity_pearson(outputs: Arrays, sample: Arrays) -> float:
-    """Return Pearson's correlation of the documents' cosines with `labels` (documents, documents), above the diagonal."""
+    """Return Pearson's correlation of the documents' cosines with `labels`, above the diagonal of both."""
     vectors = embed(outputs, sample)
     upper = np.triu_indices(len(vectors), 1)
     gold = np.asarray(sample["labels"], np.float64).reshape(len(vectors), len(vectors))

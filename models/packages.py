@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-
 HERE = Path(__file__).resolve().parent
 
 

@@ -2,8 +2,8 @@
 
     python models/train_fmnist.py [--epochs N] [--threads N]
 
-It writes `fmnist_cnn.onnx`, `fmnist_calib.npz` and `fmnist_eval.npz` beside itself, in about seven minutes on two cores.
-Needs torch and onnx: `pip install "onnxslim[zoo]"`.
+It writes `fmnist_cnn.onnx`, `fmnist_calib.npz` and `fmnist_eval.npz` beside itself, in about ten minutes on two cores.
+It needs torch and onnx: `pip install "onnxslim[zoo]"`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EVALUATION_IMAGES = 2500
 
 
 class ResidualBlock(nn.Module):
-    """Adds two 3x3 convolutions to the input, which a 1x1 convolution reshapes where the width or the stride asks it."""
+    """Adds two 3x3 convolutions to the input, which a 1x1 convolution reshapes where width or stride asks it."""
 
     def __init__(self, width_in: int, width_inner: int, width_out: int, stride: int = 1) -> None:
         super().__init__()

@@ -6,7 +6,7 @@
     python models/zoo.py flags NAME             its --calib, --eval and --metric, for onnxslim
     python models/zoo.py evaluate NAME FILE     its metric, for any .onnx made of it
 
-Models are kept in `$ONNXSLIM_ZOO`, else in `~/.cache/onnxslim/zoo`. Some are built with torch: `pip install "onnxslim[zoo]"`.
+Models are kept in `$ONNXSLIM_ZOO`, else in `~/.cache/onnxslim/zoo`. Some need torch: `pip install "onnxslim[zoo]"`.
 """
 
 from __future__ import annotations
