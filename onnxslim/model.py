@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
-from onnxslim.errors import ModelError
+from onnxslim.errors import ModelError, UsageError
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights they go to a file of their own.
 INLINE_LIMIT = 1_800_000_000
-WARNINGS = "onnxslim.warnings"  # key in Model.meta
+WARNINGS = "onnxslim.warnings"  # keys in Model.meta
+NODES = "onnxslim.nodes"
+SHAPES = "onnxslim.shapes"
 
 
 def load(source: Any) -> ir.Model:
@@ -43,7 +45,9 @@ def load(source: Any) -> ir.Model:
         source: a path, the bytes of a file, an `onnx.ModelProto`, an `onnx_ir.Model`, or a `torch.onnx.ONNXProgram`.
 
     Returns:
-        A new model. ``model.meta["onnxslim.warnings"]`` lists what was changed on the way in.
+        A new model. ``model.meta["onnxslim.warnings"]`` lists what was changed on the way in, and
+        ``model.meta["onnxslim.nodes"]`` counts the nodes before that (functions inlined);
+        ``model.meta["onnxslim.shapes"]`` is True when it declared the shape of any intermediate value.
 
     Raises:
         ModelError: not an ONNX file, empty, truncated, invalid, of an unknown opset, or with external data that is
@@ -74,6 +78,8 @@ def normalize(model: ir.Model, warnings: list[str] | None = None) -> ir.Model:
     """Bring ``model`` (in place) to the form that every pass expects; see the module's docstring."""
     warnings = [] if warnings is None else warnings
     InlinePass()(model)
+    model.meta[NODES] = sum(1 for _ in model.graph.all_nodes())
+    model.meta[SHAPES] = any(v.shape is not None for v in inner_values(model))
     _sort_if_needed(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     LiftSubgraphInitializersToMainGraphPass()(model)
@@ -113,6 +119,68 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
+def size(source: Any, model: ir.Model) -> int:
+    """Bytes of ``source`` on disk with its external data, or serialized; ``model`` is what was loaded from it."""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        tensors = (v.const_value for v in model.graph.initializers.values())
+        data = {t.path for t in tensors if isinstance(t, ir.ExternalTensor)}
+        return path.stat().st_size + sum(Path(file).stat().st_size for file in data)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return len(source)
+    if isinstance(source, onnx.ModelProto):
+        return source.ByteSize()
+    return len(to_bytes(model)) if weight_bytes(model) <= INLINE_LIMIT else weight_bytes(model)
+
+
+def fix_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Write concrete shapes into the inputs named in ``shapes`` and infer everything again.
+
+    Raises:
+        UsageError: an unknown input, a wrong rank, a size that contradicts the declared one, or sizes that disagree
+            about one symbolic dimension.
+    """
+    inputs = {v.name: v for v in model.graph.inputs}
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise UsageError(f"--fix-shape: the model has no input {name!r}; it has {list(inputs)}")
+        declared = inputs[name].shape
+        if declared is not None and (
+            len(declared) != len(shape)
+            or any(isinstance(d, int) and d != size for d, size in zip(declared, shape, strict=True))
+        ):
+            raise UsageError(f"--fix-shape: {name}={list(shape)} does not fit the declared shape {declared}")
+        for dim, size in zip(declared or (), shape, strict=declared is not None):
+            symbol = None if isinstance(dim, int) else dim.value
+            if symbol is not None and sizes.setdefault(symbol, size) != size:
+                raise UsageError(f"--fix-shape: dimension {symbol!r} would be both {sizes[symbol]} and {size}")
+        inputs[name].shape = ir.Shape(list(shape))
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d.value), d) for d in value.shape])
+    forget_shapes(model)
+    infer_shapes(model)
+
+
+def forget_shapes(model: ir.Model) -> None:
+    """Drop every shape that follows from the inputs, so that `infer_shapes` derives it anew."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in (*graph.outputs, *(v for node in graph for v in node.outputs)):
+            value.shape = None
+
+
+def inner_values(model: ir.Model) -> list[ir.Value]:
+    """Every value that is computed and is not an output of a graph: what ``value_info`` may describe."""
+    return [v for node in model.graph.all_nodes() for v in node.outputs if not v.is_graph_output()]
+
+
+def strip_shapes(model: ir.Model) -> None:
+    """Drop the types and shapes of intermediate values, which every reader can infer and a file need not hold."""
+    for value in inner_values(model):
+        value.shape, value.type = None, None
+
+
 def to_bytes(model: ir.Model) -> bytes:
     """Serialize ``model`` with its weights inside.
 
@@ -125,8 +193,8 @@ def to_bytes(model: ir.Model) -> bytes:
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """``model`` as `onnx.ModelProto` with its weights inside; the same limit as `to_bytes`."""
-    return onnx.ModelProto.FromString(to_bytes(model))
+    """``model`` as `onnx.ModelProto` with its weights inside, also where they are too large to be serialized."""
+    return _inline_proto(model)
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None) -> Path:

@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import onnx_ir as ir
 
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
-from onnxslim.errors import OnnxslimError, UsageError
+from onnxslim.errors import CheckError, DataError, UsageError
 
 GROUP = "onnxslim.passes"
 
@@ -129,8 +129,10 @@ def run(
         try:
             outcome = item.apply(draft, ctx)
             error = check(model, draft, item)
-        except OnnxslimError:
+        except (UsageError, DataError):
             raise
+        except CheckError as failure:  # the pass found out by itself
+            error = str(failure)
         except Exception as failure:  # a defect in one pass must not cost the user the others
             on_error(model, item, failure)
             error = f"internal error: {type(failure).__name__}: {failure}"

@@ -1,0 +1,411 @@
+"""`optimize`: any model in, a smaller and faster one out, with a report that proves and measures it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from onnxslim import cost, doctor, metrics, pipeline, repro, runtime, verify
+from onnxslim import data as data_io
+from onnxslim import model as model_io
+from onnxslim.checks import Budget, Checks, check_samples
+from onnxslim.contract import Context, Effect, NoProgress, Pass, Progress
+from onnxslim.data import Data, Source
+from onnxslim.errors import CheckError, DataError, ModelError, UsageError
+from onnxslim.report import Report, plain
+
+DEFAULT_PASSES = "simplify,fold"
+# Samples that are generated without data, that check a lossless pass, and that latency is measured on.
+_SYNTHETIC, _CHECKED, _TIMED = 8, 3, 8
+_HELD_OUT = 0.25
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclasses.dataclass
+class Result:
+    """What `optimize` returns.
+
+    Attributes:
+        model: the new model.
+        report: what was done and measured.
+        exit_code: 0; 1 when a check failed or a budget was missed and ``model`` is the best one that holds; 123 when a
+            pass crashed and was undone (``repro`` is then the folder that reproduces it).
+    """
+
+    model: ir.Model
+    report: Report
+    exit_code: int = 0
+    repro: Path | None = None
+
+    def save(self, path: str | os.PathLike[str], *, external: bool | None = None) -> Path:
+        """Write the model to ``path`` atomically; see `onnxslim.model.save`."""
+        return model_io.save(self.model, path, external=external)
+
+    def proto(self) -> onnx.ModelProto:
+        """The model as `onnx.ModelProto`, weights inside."""
+        return model_io.to_proto(self.model)
+
+
+def optimize(
+    model: Any,
+    passes: str | Sequence[Pass] = DEFAULT_PASSES,
+    calibration: Source | None = None,
+    evaluation: Source | None = None,
+    metric: str | None = None,
+    max_drop: str | float | None = None,
+    target: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    shapes: Shapes | None = None,
+    fix_shapes: Shapes | None = None,
+    threads: int = 0,
+    bench: bool = True,
+    bench_seconds: float = 3.0,
+) -> Result:
+    """Run ``passes`` over ``model``, each checked and undone when it breaks its promise; ``model`` is not changed.
+
+    Args:
+        model: a path, bytes, `onnx.ModelProto`, `onnx_ir.Model` or `torch.onnx.ONNXProgram`.
+        passes: a textual pipeline such as ``"prune(ratio=0.5),int8"``, or passes; what they want is inserted.
+        calibration: samples in any form of `onnxslim.data`; without evaluation data a quarter of them is held out.
+        evaluation: samples that only judge the result, with ``labels`` for the metrics that need them.
+        metric: ``top1``, ``top5``, ``cosine``, ``psnr`` or ``module:function``; by default ``top1`` where there are
+            class labels.
+        max_drop: ``"1%"`` (one point of a 0-100 metric, 0.01 of a 0-1 metric) or a number in the metric's own unit. A
+            lossy pass that would overrun it is undone, and ``exit_code`` is 1.
+        target: execution provider the result is meant for and measured on.
+        seed: of generated inputs and of every random choice.
+        progress: receives the progress of long loops.
+        shapes: concrete input shapes for generated inputs, by input name; the model keeps its symbolic dimensions.
+        fix_shapes: concrete input shapes to write into the model.
+        threads: intra-operator threads of every session (0: the runtime's choice).
+        bench: measure the latency of both models; a lossless pipeline then also drops a pass that makes it slower.
+        bench_seconds: how long to measure.
+
+    Raises:
+        ModelError, DataError, UsageError: what was given cannot be used.
+        CheckError: no model that keeps the promises was found, not even the one read from ``model``.
+    """
+    chosen = pipeline.complete(pipeline.parse(passes) if isinstance(passes, str) else list(passes))
+    if max_drop is not None:
+        metrics.parse_drop(max_drop)
+    named = metrics.find(metric) if metric is not None else None
+    if target not in runtime.PROVIDERS:
+        raise UsageError(f"unknown target {target!r}: give one of {', '.join(runtime.PROVIDERS)}")
+    original = model_io.load(model)
+    if fix_shapes:
+        model_io.fix_shapes(original, fix_shapes)
+    lossy = pipeline.strictest(chosen) is Effect.LOSSY
+    samples = _samples(original, calibration, evaluation, lossy, seed, {**(fix_shapes or {}), **(shapes or {})})
+    ctx = Context(
+        calibration=samples.calibration,
+        synthetic=samples.synthetic,
+        target=target,
+        threads=threads,
+        seed=seed,
+        progress=progress or NoProgress(),
+        warnings=list(original.meta.get(model_io.WARNINGS, ())),
+    )
+    must_run = calibration is not None or evaluation is not None or any(p.needs_data for p in chosen)
+    runner = _original(_as_given(model, original), samples, must_run, ctx)
+    run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
+    return run.finish(*run.passes(chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """What calibrates and what judges; ``unseen`` when the two are apart."""
+
+    calibration: Data
+    judging: Data
+    synthetic: bool
+    unseen: bool
+
+
+def _samples(
+    model: ir.Model,
+    calibration: Source | None,
+    evaluation: Source | None,
+    lossy: bool,
+    seed: int,
+    shapes: Shapes,
+) -> _Samples:
+    try:
+        specs = data_io.input_specs(model)
+    except DataError:
+        if calibration is not None or evaluation is not None:
+            raise
+        nothing = Data("nothing", 0, lambda k: {}, ())
+        return _Samples(nothing, nothing, True, False)
+    judging = None if evaluation is None else data_io.open_data(evaluation, specs, what="evaluation")
+    if calibration is not None:
+        given = data_io.open_data(calibration, specs)
+        if judging is not None:
+            return _Samples(given, judging, False, True)
+        seen, held = given.split(_HELD_OUT) if lossy else (given, given)
+        return _Samples(seen, held, False, lossy and len(given) > 1)
+    generated = data_io.synthetic(model, _SYNTHETIC, seed=seed, shapes=shapes)
+    if judging is not None:
+        return _Samples(generated, judging, True, True)
+    seen, held = generated.split(_HELD_OUT) if lossy else (generated, generated)
+    return _Samples(seen, held, True, lossy)
+
+
+def _as_given(source: Any, loaded: ir.Model) -> ir.Model | str | bytes:
+    """What ONNX Runtime loads as the original: the user's own file or message, so that reading it is verified too."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, onnx.ModelProto) and source.ByteSize() < runtime.IN_MEMORY:
+        return bytes(source.SerializeToString())
+    return loaded
+
+
+def _original(source: Any, samples: _Samples, must_run: bool, ctx: Context) -> runtime.Runner | None:
+    """The original, ready to run; None, and a warning, when it does not run on generated inputs."""
+    try:
+        if not len(samples.judging):
+            raise ModelError("an input is not a tensor, so no input can be generated")
+        runner = runtime.load(source, threads=ctx.threads)
+        for data in (samples.judging, samples.calibration):
+            runtime.run(runner, data.feed(data[0]), "the original model")
+    except ModelError as error:
+        if must_run:
+            raise
+        ctx.warnings.insert(0, f"NOT VERIFIED: the original could not be run on generated inputs ({error})")
+        return None
+    return runner
+
+
+class _Run:
+    """One call of `optimize`: the pipeline, its checks, the measurements."""
+
+    def __init__(
+        self,
+        source: Any,
+        original: ir.Model,
+        runner: runtime.Runner | None,
+        samples: _Samples,
+        ctx: Context,
+        metric: metrics.Metric | None,
+        max_drop: str | float | None,
+        bench_seconds: float,
+    ) -> None:
+        self.source = source
+        self.original = original
+        self.runner = runner
+        self.samples = samples
+        self.ctx = ctx
+        self.metric = metric
+        self.max_drop = max_drop
+        self.bench_seconds = bench_seconds if runner is not None else 0.0
+        self.repro: Path | None = None
+        self.bench: list[dict[str, Any]] = []
+        self.checks = self._checks()
+
+    def _checks(self) -> Checks:
+        if self.runner is None:
+            return Checks(self.original, None, self.samples.judging, self.ctx)
+        checks = Checks(
+            self.original, self.runner, check_samples(self.runner, self.samples.judging, _CHECKED), self.ctx
+        )
+        checks.evaluation = verify.Reference(self.runner, self.samples.judging)
+        metric = self._metric()
+        if metric is not None:
+            checks.budget = Budget.of(checks.evaluation, metric, self.max_drop)
+        return checks
+
+    def _metric(self) -> metrics.Metric | None:
+        first = self.samples.judging[0]
+        found = self.metric or metrics.suggested(first, [s.name for s in self.samples.judging.specs])
+        if found is None and self.max_drop is not None:
+            found = metrics.find("cosine")
+            self.ctx.warnings.append("no labels and no metric: the budget is for the cosine to the original's outputs")
+        if found is not None and found.needs_labels and "labels" not in first:
+            raise UsageError(f"metric {found.name}: {self.samples.judging.origin} has no array 'labels': give --eval")
+        return found
+
+    def passes(self, chosen: Sequence[Pass]) -> tuple[ir.Model, list[pipeline.Step]]:
+        """Run the pipeline; a lossless one again without the pass that made the model slower, if one did."""
+        lossless = pipeline.strictest(chosen) is not Effect.LOSSY
+        while True:
+            quiet = list(self.ctx.warnings)
+            model, steps = pipeline.run(self.original, chosen, self.ctx, self.checks, self._reproduce)
+            if lossless:
+                model = self._sound(model)
+            slow = self._offender(chosen) if lossless and self.bench_seconds else None
+            if slow is None:
+                return model, steps
+            item, ratio = slow
+            chosen = [p for p in chosen if p is not item]
+            self.ctx.warnings[:] = [*quiet, f"{item} was dropped: it made the model slower ({ratio:.2f}x)"]
+            self.checks.kept[1:] = []
+
+    def _sound(self, model: ir.Model) -> ir.Model:
+        """The last kept model whose outputs, after all passes together, are still those of the original."""
+        if self.checks.evaluation is None:
+            return model
+        while True:
+            name, model = self.checks.kept[-1]
+            broken = self.checks.measure(model)[0].broken(self.checks.noise)
+            if broken is None:
+                return model
+            if not name:
+                raise CheckError(f"reading the model changed what it computes: {broken}; please report it")
+            self.checks.failed.append(broken)
+            self.ctx.warnings.append(f"{name} was undone: over all passes, {broken}")
+            self.checks.kept.pop()
+
+    def _offender(self, chosen: Sequence[Pass]) -> tuple[Pass, float] | None:
+        """The kept pass that made the model slower than the original beyond noise, twice measured; and the ratio."""
+        kept = self.checks.kept[1:]
+        if not kept:
+            return None
+        for _ in range(2):
+            compared = self._compare([model for _, model in kept])
+            if compared.interval[-1][1] >= 1:
+                return None
+        steps = [b / a for a, b in zip([1.0, *compared.speedup[1:]], compared.speedup[1:], strict=False)]
+        worst = min(range(len(steps)), key=steps.__getitem__)
+        return next(p for p in chosen if str(p) == kept[worst][0]), steps[worst]
+
+    def _compare(self, models: Sequence[ir.Model], ep: str = "cpu") -> runtime.Comparison:
+        """Latencies of the original and of ``models``, interleaved, in sessions of their own."""
+        source = _as_given(self.source, self.original)
+        runners = [runtime.load(m, ep=ep, threads=self.ctx.threads) for m in (source, *models)]
+        timed = self.samples.judging.spread(_TIMED)
+        feeds = [list(timed.feeds())] * len(runners)
+        return runtime.compare_latency(runners, feeds, seconds=self.bench_seconds, seed=self.ctx.seed)
+
+    def _measure_latency(self, model: ir.Model) -> None:
+        ep = self.ctx.target
+        if not runtime.available(ep):
+            self.ctx.warnings.append(f"the installed onnxruntime has no {runtime.PROVIDERS[ep]}: measured on cpu")
+            ep = "cpu"
+        compared = self._compare([model], ep)
+        old, new = (dataclasses.asdict(latency) for latency in compared.latency)
+        self.bench = [
+            {
+                "ep": ep,
+                "latency_ms": new,
+                "original_latency_ms": old,
+                "speedup": compared.speedup[1],
+                "interval": list(compared.interval[1]),
+                "threads": self.ctx.threads,
+            }
+        ]
+
+    def finish(self, model: ir.Model, steps: Sequence[pipeline.Step]) -> Result:
+        """Stamp the model, measure it and write the report."""
+        kept = [name for name, _ in self.checks.kept[1:]]
+        _stamp(model, ",".join(kept))
+        if not self.original.meta.get(model_io.SHAPES):
+            model_io.strip_shapes(model)
+        fidelity: dict[str, Any] | None = None
+        metric: dict[str, Any] | None = None
+        if self.checks.evaluation is not None:
+            measured, value = self.checks.measure(model)
+            fidelity = {
+                "samples": measured.samples,
+                "data": measured.origin,
+                "held_out": self.samples.unseen,
+                "outputs": [plain(o) for o in measured.outputs],
+            }
+            self.ctx.warnings[:0] = measured.warnings()
+            if self.checks.budget is not None and value is not None:
+                metric = self._metric_entry(self.checks.budget, value, measured)
+        if self.bench_seconds:
+            self._measure_latency(model)
+        self._comment(steps)
+        feed = self.samples.judging.feed(self.samples.judging[0]) if len(self.samples.judging) else {}
+        report = Report(
+            before=_figures(self.original, model_io.size(self.source, self.original), feed, self.ctx, "before"),
+            after=_figures(model, model_io.size(model, model), feed, self.ctx, "after"),
+            passes=[_entry(step) for step in steps],
+            fidelity=fidelity,
+            metric=metric,
+            bench=self.bench,
+            environment={
+                **doctor.environment(),
+                "pipeline": ",".join(str(step.item) for step in steps),
+                "kept": ",".join(kept),
+                "target": self.ctx.target,
+                "threads": self.ctx.threads,
+                "seed": self.ctx.seed,
+                "shapes": {name: list(array.shape) for name, array in feed.items()},
+            },
+            warnings=self.ctx.warnings,
+        )
+        missed = bool(self.checks.failed or self.checks.missed)
+        return Result(model, report, 123 if self.repro else int(missed), self.repro)
+
+    def _metric_entry(self, budget: Budget, value: float, measured: verify.Fidelity) -> dict[str, Any]:
+        missed = budget.missed(value)
+        if missed is not None and missed not in self.checks.missed:
+            self.checks.missed.append(missed)
+        return {
+            "name": budget.metric.name,
+            "before": budget.before,
+            "after": value,
+            "drop": budget.before - value,
+            "max_drop": budget.allowed,
+            "samples": measured.samples,
+        }
+
+    def _comment(self, steps: Sequence[pipeline.Step]) -> None:
+        """Say first what the user must not overlook."""
+        lines = []
+        if self.checks.missed:
+            lines.append(
+                f"BUDGET MISSED: {'; '.join(self.checks.missed)}; the result is the best model found within the budget"
+            )
+        if self.checks.failed:
+            lines.append(f"CHECK FAILED: {'; '.join(self.checks.failed)}; the pass was undone")
+        if self.samples.synthetic:
+            needy = [s.item.name for s in steps if s.item.needs_data]
+            if needy:
+                lines.append(f"synthetic inputs: no calibration data for {', '.join(needy)}; give --calib")
+            elif self.runner is not None and self.samples.judging.origin == "synthetic inputs":
+                lines.append("synthetic inputs: the result was verified on generated inputs")
+        self.ctx.warnings[:0] = lines
+
+    def _reproduce(self, model: ir.Model, item: Pass, error: Exception) -> None:
+        self.repro = repro.leave(error, model=model, pipeline=str(item))
+        self.ctx.warnings.append(f"{item} crashed; {self.repro} holds what is needed to reproduce it")
+
+
+def _figures(model: ir.Model, size: int, feed: Any, ctx: Context, which: str) -> dict[str, int]:
+    counted = cost.analyze(model, feed)
+    if counted.unknown:
+        ctx.warnings.append(
+            f"{which}: MACs of {len(counted.unknown)} nodes could not be counted (first: {counted.unknown[0]!r})"
+        )
+    nodes = int(model.meta.get(model_io.NODES, counted.nodes)) if which == "before" else counted.nodes
+    return {"nodes": nodes, "parameters": counted.parameters, "macs": counted.macs, "bytes": size}
+
+
+def _entry(step: pipeline.Step) -> dict[str, Any]:
+    return {
+        "name": step.item.name,
+        "options": {f.name: plain(getattr(step.item, f.name)) for f in dataclasses.fields(step.item)},
+        "seconds": step.seconds,
+        "stats": plain(step.outcome.stats),
+        "skipped": [{"node": s.node, "reason": s.reason} for s in step.outcome.skipped],
+    }
+
+
+def _stamp(model: ir.Model, text: str) -> None:
+    """Write the version and every pipeline that made the model what it is into its metadata."""
+    earlier = model.metadata_props.get("onnxslim.pipeline", "")
+    model.metadata_props["onnxslim.version"] = doctor.versions()["onnxslim"]
+    parts = [*(earlier.split(";") if earlier else []), text]
+    model.metadata_props["onnxslim.pipeline"] = ";".join(p for k, p in enumerate(parts) if p and p not in parts[:k])

@@ -1,0 +1,175 @@
+"""Judges every pass: did it keep its promise, and is what it leaves still within the user's budget?"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import runtime, verify
+from onnxslim.contract import Context, Effect, Pass
+from onnxslim.data import Data, Sample
+from onnxslim.errors import ModelError
+from onnxslim.graph import count_nodes
+from onnxslim.metrics import Metric, allowed_drop
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The largest drop of a metric that the user accepts, in the metric's unit; None accepts any."""
+
+    metric: Metric
+    before: float
+    allowed: float | None
+
+    @classmethod
+    def of(cls, reference: verify.Reference, metric: Metric, max_drop: str | float | None) -> Budget:
+        """Measure the original and turn ``max_drop`` into the unit of ``metric``."""
+        before = verify.score(reference, metric)
+        return cls(metric, before, None if max_drop is None else allowed_drop(max_drop, before))
+
+    def missed(self, value: float) -> str | None:
+        """A line that says by how much ``value`` misses the budget, or None."""
+        drop = self.before - value
+        if self.allowed is None or drop <= self.allowed + 1e-9:
+            return None
+        return f"{self.metric.name} drops by {drop:.4g} to {value:.4g}, the budget is {self.allowed:.4g}"
+
+
+class Checks:
+    """Called by the pipeline with (before, after, pass); a string undoes the pass.
+
+    Every pass must keep the inputs and outputs of the model and leave something that ONNX Runtime loads. An EXACT or
+    ROUNDING pass must give the same outputs on the check samples and must not add nodes. A LOSSY pass must stay within
+    the budget, where there is one.
+
+    Attributes:
+        kept: the model after every pass that was kept, the original first.
+        failed: broken promises; missed: budgets that a pass would have overrun.
+    """
+
+    def __init__(self, original: ir.Model, runner: runtime.Runner | None, data: Data, ctx: Context) -> None:
+        self.kept: list[tuple[str, ir.Model]] = [("", original)]
+        self.failed: list[str] = []
+        self.missed: list[str] = []
+        self.evaluation: verify.Reference | None = None
+        self.budget: Budget | None = None
+        self._ctx = ctx
+        self._data = data
+        self._original = runner
+        self._reference = verify.Reference(runner, data) if runner is not None else None
+        self._noise: verify.Fidelity | None = None
+        self._measured: tuple[ir.Model, verify.Fidelity, float | None] | None = None
+
+    def __call__(self, before: ir.Model, after: ir.Model, item: Pass) -> str | None:
+        problem = _interface(before, after)
+        if problem is None and self._original is not None:
+            problem = self._run(after, item)
+        elif problem is None and item.effect is not Effect.LOSSY:
+            problem = _growth(before, after)
+        if problem is None:
+            self.kept.append((str(item), after))
+        return problem
+
+    def _run(self, after: ir.Model, item: Pass) -> str | None:
+        try:
+            runner = runtime.load(after, threads=self._ctx.threads)
+            reference = verify.Reference(runner, self._data, f"the result of {item.name}")
+            broken = self._lossy(after, runner) if item.effect is Effect.LOSSY else self._lossless(after, runner)
+        except ModelError as error:
+            broken = str(error)
+            self.failed.append(f"{item}: {broken}")
+        else:
+            if broken is None:
+                self._reference = reference
+        return broken
+
+    def _lossless(self, after: ir.Model, runner: runtime.Runner) -> str | None:
+        assert self._reference is not None
+        growth = _growth(self.kept[-1][1], after)
+        if growth is not None:
+            return growth
+        fidelity, _ = verify.measure(self._reference, runner)
+        broken = fidelity.broken(self.noise)
+        if broken is not None:
+            self.failed.append(broken)
+        return broken
+
+    def _lossy(self, after: ir.Model, runner: runtime.Runner) -> str | None:
+        if self.budget is None or self.evaluation is None:
+            runtime.run(runner, self._data.feed(self._data[0]), "the result")
+            return None
+        _, value = self.measure(after, runner)
+        missed = self.budget.missed(value) if value is not None else None
+        if missed is not None:
+            self.missed.append(missed)
+        return missed
+
+    def measure(self, model: ir.Model, runner: runtime.Runner | None = None) -> tuple[verify.Fidelity, float | None]:
+        """Fidelity and metric of ``model`` on the evaluation data; the last answer is kept."""
+        assert self.evaluation is not None
+        if self._measured is None or self._measured[0] is not model:
+            runner = runner or runtime.load(model, threads=self._ctx.threads)
+            metric = self.budget.metric if self.budget is not None else None
+            fidelity, value = verify.measure(
+                self.evaluation, runner, metric, progress=self._ctx.progress, label="evaluate"
+            )
+            self._measured = model, fidelity, value
+        return self._measured[1], self._measured[2]
+
+    def noise(self) -> verify.Fidelity:
+        """What the original does to itself when ONNX Runtime orders its arithmetic differently."""
+        if self._noise is None:
+            assert self._original is not None
+            original = self.kept[0][1]
+            plain = runtime.load(original, threads=self._ctx.threads, optimize=False)
+            self._noise, _ = verify.measure(verify.Reference(self._original, self._data), plain)
+            if self._noise.broken() is not None:
+                self._ctx.warnings.append(
+                    "the original does not repeat itself: with ONNX Runtime's own optimizations off, "
+                    f"{self._noise.broken()}; lossless passes were held to that"
+                )
+        return self._noise
+
+
+def check_samples(runner: runtime.Runner, data: Data, count: int) -> Data:
+    """At most ``count`` samples of ``data``, and two of them as one batch where the original takes that.
+
+    The batch shows a pass that freezes a symbolic batch size, which samples of one size cannot.
+    """
+    chosen = data.spread(count)
+    samples: list[Sample] = list(chosen)
+    symbolic = all(spec.shape is not None and spec.shape and spec.shape[0] is None for spec in data.specs)
+    if symbolic and data.specs:
+        pair = [data.feed(samples[0]), data.feed(samples[-1])]
+        alike = all(pair[0][s.name].shape == pair[1][s.name].shape for s in data.specs)
+        batch = {s.name: np.concatenate([p[s.name] for p in pair]) for s in data.specs} if alike else None
+        if batch is not None:
+            try:
+                runtime.run(runner, batch)
+            except ModelError:
+                batch = None  # the first axis is symbolic and yet no batch
+        if batch is not None:
+            samples.append(batch)
+    return Data(data.origin, len(samples), samples.__getitem__, data.specs)
+
+
+def _growth(before: ir.Model, after: ir.Model) -> str | None:
+    more = count_nodes(after) - count_nodes(before)
+    return f"adds {more} nodes without being asked to change the function" if more > 0 else None
+
+
+def _interface(before: ir.Model, after: ir.Model) -> str | None:
+    for what, old, new in (
+        ("inputs", before.graph.inputs, after.graph.inputs),
+        ("outputs", before.graph.outputs, after.graph.outputs),
+    ):
+        want = [(v.name, str(v.type)) for v in old]
+        have = [(v.name, str(v.type)) for v in new]
+        if [n for n, _ in want] != [n for n, _ in have]:
+            return f"changes the {what} of the model from {[n for n, _ in want]} to {[n for n, _ in have]}"
+        for (name, first), (_, second) in zip(want, have, strict=True):
+            if first != second and "None" not in (first, second):
+                return f"changes the type of {name!r} from {first} to {second}"
+    return None

@@ -1,0 +1,288 @@
+"""The original against the result, on the same samples, in ONNX Runtime.
+
+For every output (a sequence or map counts as several), over all samples together:
+
+* relative L2 error ‖got - want‖ / ‖want‖ (the absolute norm where the reference is all zeros),
+* largest absolute error, and the same over the largest magnitude of the reference,
+* cosine, and how often the arg max along the class axis agrees,
+* how many elements are NaN or infinite in one of the two only.
+
+What a lossless pass may differ by depends on the type of the output (`TOLERANCE`). A graph that amplifies rounding, or
+that draws random numbers, moves by more than that when ONNX Runtime merely orders its own arithmetic differently; the
+allowance is therefore never below a few times what the original does to itself with the runtime's optimizations off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from onnxslim import runtime
+from onnxslim.contract import NoProgress, Progress
+from onnxslim.data import Data, Sample
+from onnxslim.metrics import Metric
+
+# Relative error allowed to a lossless pass, by element type of the output. Integers and strings must be equal.
+TOLERANCE: dict[str, float] = {
+    "float64": 1e-6,
+    "float32": 1e-4,
+    "float16": 1e-2,
+    "bfloat16": 5e-2,
+    "complex64": 1e-4,
+    "complex128": 1e-6,
+}
+_OTHER_FLOAT = 0.25  # 8 bits and fewer
+# One element may be off by this many times the allowed L2 error, relative to the largest magnitude of the output.
+_PEAK = 10.0
+_NOISE = 4.0
+# Outputs of the original are kept up to this size, so that several candidates do not run it again.
+_CACHE = 256_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFidelity:
+    """How one output of the candidate differs from the original's; ``problem`` when the two cannot be compared."""
+
+    output: str
+    dtype: str
+    relative_l2: float
+    max_abs: float
+    max_rel: float
+    cosine: float
+    top1_agreement: float | None
+    nonfinite: int
+    mismatches: int
+    collapsed: bool = False
+    problem: str | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """Relative L2 error that a lossless pass may cause."""
+        if self.dtype in TOLERANCE:
+            return TOLERANCE[self.dtype]
+        return _OTHER_FLOAT if self.dtype.startswith("float") else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+    """All outputs over ``samples`` samples from ``origin``."""
+
+    outputs: tuple[OutputFidelity, ...]
+    samples: int
+    origin: str
+
+    @property
+    def relative_l2(self) -> float:
+        """The worst output's relative L2 error."""
+        return max((o.relative_l2 for o in self.outputs), default=0.0)
+
+    def broken(self, noise: Callable[[], Fidelity] | None = None) -> str | None:
+        """Why a lossless pass must not do this, or None; ``noise`` gives what the original does to itself."""
+        floor: Fidelity | None = None
+        for output in self.outputs:
+            if _within(output, 0.0, 0):
+                continue
+            if noise is not None and output.problem is None:
+                floor = floor or noise()
+                own = next((o for o in floor.outputs if o.output == output.output), None)
+                if own is not None and _within(
+                    output, _NOISE * max(own.relative_l2, own.max_rel / _PEAK), 2 * own.nonfinite, own.mismatches > 0
+                ):
+                    continue
+            return describe(output)
+        return None
+
+    def warnings(self) -> list[str]:
+        """What is wrong with a result whatever it was allowed to lose."""
+        lines = []
+        for output in self.outputs:
+            if output.problem is not None:
+                lines.append(f"output {output.output!r}: {output.problem}")
+            elif output.nonfinite:
+                lines.append(
+                    f"output {output.output!r}: {output.nonfinite} values are NaN or infinite in one model only"
+                )
+            elif output.collapsed:
+                lines.append(f"output {output.output!r} collapsed: it no longer depends on the input")
+        return lines
+
+
+def describe(output: OutputFidelity) -> str:
+    """One line on what is wrong with an output of a lossless pass."""
+    if output.problem is not None:
+        return f"output {output.output!r}: {output.problem}"
+    if output.nonfinite:
+        return f"output {output.output!r}: {output.nonfinite} values are NaN or infinite in one model only"
+    if output.mismatches:
+        return f"output {output.output!r}: {output.mismatches} {output.dtype} values differ"
+    return (
+        f"output {output.output!r}: relative error {output.relative_l2:.1e}, at most {output.max_rel:.1e} of the peak; "
+        f"{output.dtype} allows {output.tolerance:.0e}"
+    )
+
+
+def _within(output: OutputFidelity, allowance: float, nonfinite: int, may_mismatch: bool = False) -> bool:
+    tolerance = max(output.tolerance, allowance)
+    return (
+        output.problem is None
+        and output.nonfinite <= nonfinite
+        and (output.mismatches == 0 or may_mismatch)
+        and (tolerance == 0 or (output.relative_l2 <= tolerance and output.max_rel <= _PEAK * tolerance))
+    )
+
+
+class Reference:
+    """The outputs of one model on each sample of ``data``, computed once and kept while they are small."""
+
+    def __init__(self, runner: runtime.Runner, data: Data, where: str = "the original model") -> None:
+        self.runner = runner
+        self.data = data
+        self._where = where
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._size = 0
+
+    def __iter__(self) -> Iterator[tuple[Sample, dict[str, Any]]]:
+        for k, sample in enumerate(self.data):
+            yield sample, self._outputs(k, sample)
+
+    def _outputs(self, k: int, sample: Sample) -> dict[str, Any]:
+        if k in self._kept:
+            return self._kept[k]
+        outputs = runtime.run(self.runner, self.data.feed(sample), self._where)
+        size = sum(a.nbytes for _, a in _leaves(outputs))
+        if self._size + size <= _CACHE:
+            self._kept[k] = outputs
+            self._size += size
+        return outputs
+
+
+def measure(
+    reference: Reference,
+    candidate: runtime.Runner,
+    metric: Metric | None = None,
+    *,
+    where: str = "the result",
+    progress: Progress | None = None,
+    label: str = "verify",
+) -> tuple[Fidelity, float | None]:
+    """Run ``candidate`` once over the samples of ``reference``: its fidelity, and the mean of ``metric``.
+
+    Raises:
+        ModelError: one of the two fails on a sample.
+    """
+    pairs: dict[str, _Pair] = {}
+    scores: list[float] = []
+    items = (progress or NoProgress()).track(reference, total=len(reference.data), label=label)
+    for sample, want in items:
+        got = runtime.run(candidate, reference.data.feed(sample), where)
+        if metric is not None:
+            scores.append(metric(got, sample, want))
+        right, left = dict(_leaves(want)), dict(_leaves(got))
+        for name in dict.fromkeys((*right, *left)):
+            pairs.setdefault(name, _Pair(name)).update(right.get(name), left.get(name))
+    fidelity = Fidelity(tuple(p.result() for p in pairs.values()), len(reference.data), reference.data.origin)
+    return fidelity, (float(np.mean(scores)) if scores else None)
+
+
+def score(reference: Reference, metric: Metric) -> float:
+    """The mean of ``metric`` for the original itself."""
+    return float(np.mean([metric(outputs, sample, outputs) for sample, outputs in reference]))
+
+
+def _leaves(outputs: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array in a set of outputs; elements of sequences and maps get the name ``output[key]``."""
+    for name, value in outputs.items():
+        if isinstance(value, list):
+            yield from _leaves({f"{name}[{k}]": item for k, item in enumerate(value)})
+        elif isinstance(value, dict):
+            yield from _leaves({f"{name}[{key}]": item for key, item in value.items()})
+        elif value is not None:  # an absent optional
+            yield name, np.asarray(value)
+
+
+class _Pair:
+    """Running sums over the samples for one output."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dtype = ""
+        self.problem: str | None = None
+        self.error = self.want = self.got = self.dot = 0.0
+        self.max_abs = self.peak = 0.0
+        self.nonfinite = self.mismatches = 0
+        self.agree = self.rows = 0
+        self._first: tuple[np.ndarray, np.ndarray] | None = None
+        self._spread = [0.0, 0.0]
+
+    def update(self, want: np.ndarray | None, got: np.ndarray | None) -> None:
+        if want is None or got is None:
+            self.problem = self.problem or ("is missing" if got is None else "is not an output of the original")
+            return
+        self.dtype = str(want.dtype)
+        if want.shape != got.shape or want.dtype != got.dtype:
+            self.problem = self.problem or (
+                f"is {got.dtype}{list(got.shape)} instead of {want.dtype}{list(want.shape)}"
+            )
+            return
+        self._agreement(want, got)
+        if want.dtype.kind not in "fcV":
+            self.mismatches += int(np.sum(want != got))
+            if want.dtype.kind not in "iu":
+                return
+        self._floats(want, got)
+
+    def _floats(self, want: np.ndarray, got: np.ndarray) -> None:
+        wide = np.complex128 if want.dtype.kind == "c" else np.float64
+        a, b = want.astype(wide).ravel(), got.astype(wide).ravel()
+        finite = np.isfinite(a) & np.isfinite(b)
+        if not finite.all():
+            # Equal infinities and NaN in both are agreement.
+            self.nonfinite += int(np.sum(~finite & ~((a == b) | (np.isnan(a) & np.isnan(b)))))
+            a, b = a[finite], b[finite]
+        if not a.size:
+            return
+        difference = np.abs(b - a)
+        self.error += float(difference @ difference)
+        self.want += float(np.vdot(a, a).real)
+        self.got += float(np.vdot(b, b).real)
+        self.dot += float(np.vdot(a, b).real)
+        self.max_abs = max(self.max_abs, float(difference.max()))
+        self.peak = max(self.peak, float(np.abs(a).max()))
+        if self._first is None:
+            self._first = a, b
+        elif self._first[0].shape == a.shape == b.shape:
+            for k, (first, value) in enumerate(zip(self._first, (a, b), strict=True)):
+                self._spread[k] += float(np.sum(np.abs(value - first) ** 2))
+
+    def _agreement(self, want: np.ndarray, got: np.ndarray) -> None:
+        """Classes are on axis 1 of (rows, classes) and (batch, classes, y, x), the last of (batch, steps, classes)."""
+        if want.dtype.kind not in "fV" or want.ndim not in (2, 3, 4) or not want.size:
+            return
+        axis = 2 if want.ndim == 3 else 1
+        if want.shape[axis] < 2:
+            return
+        wide = np.float32 if want.dtype.kind == "V" else want.dtype
+        hits = np.argmax(want.astype(wide), axis) == np.argmax(got.astype(wide), axis)
+        self.agree += int(hits.sum())
+        self.rows += hits.size
+
+    def result(self) -> OutputFidelity:
+        scale = math.sqrt(self.want * self.got)
+        return OutputFidelity(
+            output=self.name,
+            dtype=self.dtype,
+            relative_l2=math.sqrt(self.error / self.want) if self.want else math.sqrt(self.error),
+            max_abs=self.max_abs,
+            max_rel=self.max_abs / self.peak if self.peak else self.max_abs,
+            cosine=self.dot / scale if scale else float(self.want == self.got),
+            top1_agreement=self.agree / self.rows if self.rows else None,
+            nonfinite=self.nonfinite,
+            mismatches=self.mismatches,
+            # Samples that differ give outputs that differ: a result that answers the same to all of them is dead.
+            collapsed=self._spread[0] > 1e-6 * self.want and self._spread[1] < 1e-6 * self._spread[0],
+            problem=self.problem,
+        )
