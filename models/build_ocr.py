@@ -134,9 +134,9 @@ def page_sample(number: int, seed: int) -> Sample:
     if generator.random() < 1 / 3:
         pixels = np.asarray(page.filter(ImageFilter.GaussianBlur(1)), np.float32)
         page = Image.fromarray(np.clip(pixels + generator.normal(0, 15, pixels.shape), 0, 255).astype(np.uint8))
-    pixels = np.asarray(page, np.float32)[:, :, ::-1] / 255
-    mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-    x = ((pixels - mean) / deviation).transpose(2, 0, 1)[None]
+    colours = np.asarray(page, np.float32)[:, :, ::-1] / 255
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    x = ((colours - mean) / deviation).transpose(2, 0, 1)[None]
     return {"x": np.ascontiguousarray(x, np.float32), "labels": np.array([boxes], np.int64).reshape(1, -1, 4)}
 
 

@@ -101,15 +101,15 @@ class Encoder(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict(
-            {"layer": nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))}
-        )
+        self.layers = [Layer(config) for _ in range(config["num_hidden_layers"])]
+        # Registered under the name that the weights in the package have.
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(self.layers)})
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
         """Return the vectors (texts, tokens, width)."""
         bias = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
         x: torch.Tensor = self.embeddings(input_ids, kinds)
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
+        for layer in self.layers:
             x = layer(x, bias)
         return x
 

@@ -62,7 +62,7 @@ def export(model: nn.Module, size: int, path: Path, *, dynamo: bool = False) -> 
             torch.onnx.export(model, (example,), str(path), dynamo=False, opset_version=17, dynamic_axes=axes, **names)
 
 
-def lite0_pixels(image: NDArray[np.float32]) -> NDArray[np.float32]:
+def lite0_pixels(image: NDArray[Any]) -> NDArray[Any]:
     """Return pixels as EfficientNet-Lite was trained on them."""
     return (image - 127) / 128
 
@@ -97,12 +97,12 @@ def efficientnet_lite0_dynamo(folder: Path) -> None:
 
 def imagenet_pixels(images: NDArray[np.float32], size: int = 96) -> NDArray[np.float32]:
     """Return grey images (N, 1, 28, 28) as colour ones of `size`, normalized as for ImageNet classifiers."""
-    mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean, deviation = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
     large = np.empty((len(images), 1, size, size), np.float32)
     for k, image in enumerate(images):
         grey = Image.fromarray((image[0] * 256).astype(np.uint8))
         large[k, 0] = np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR), np.float32) / 255
-    return (large - mean[:, None, None]) / deviation[:, None, None]
+    return np.asarray((large - mean[:, None, None]) / deviation[:, None, None], np.float32)
 
 
 def fit_head(features: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:

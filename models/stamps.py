@@ -54,7 +54,7 @@ def paste(stamp: Image.Image, scene: Image.Image, generator: np.random.Generator
 
 
 def stamp_images(
-    size: int, normalize: Callable[[NDArray[np.float32]], NDArray[np.float32]], seed: int = 0
+    size: int, normalize: Callable[[NDArray[Any]], NDArray[Any]], seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
     """Return calibration images, evaluation images of other stamps, and the latter's labels (rows padded with -1).
 

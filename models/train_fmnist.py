@@ -62,7 +62,8 @@ class FashionNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the ten class scores."""
-        return self.head(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
+        scores: torch.Tensor = self.head(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
+        return scores
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -87,7 +88,8 @@ def train(epochs: int, seed: int = 0) -> FashionNet:
     generator = torch.Generator().manual_seed(seed)
     images, labels = (torch.from_numpy(part) for part in load_images("train"))
     test_images, test_labels = (torch.from_numpy(part) for part in load_images("t10k"))
-    model = FashionNet().to(memory_format=torch.channels_last)
+    model = FashionNet()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = epochs * (len(images) // 256)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=steps, pct_start=0.25)
@@ -108,7 +110,7 @@ def train(epochs: int, seed: int = 0) -> FashionNet:
 
 def export(model: FashionNet, path: Path) -> None:
     """Write the model with a free batch dimension and every BatchNormalization still in the graph."""
-    model = model.to(memory_format=torch.contiguous_format).eval()
+    model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     torch.onnx.export(
         model,
         (torch.zeros(2, 1, 28, 28),),

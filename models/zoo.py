@@ -77,7 +77,9 @@ def load_models() -> dict[str, Model]:
     """Return every model of models.toml by name."""
     models = {}
     for name, entry in catalogue()["model"].items():
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+        }
         try:
             models[name] = Model(name=name, **values)
         except TypeError as error:
