@@ -388,7 +388,20 @@ def _sort_if_needed(model: ir.Model) -> None:
 def _inline_proto(model: ir.Model) -> onnx.ModelProto:
     clone = model.clone()
     ir.external_data.load_to_model(clone)
-    return ir.to_proto(clone)
+    return _lean(ir.to_proto(clone))
+
+
+def _lean(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop the ``value_info`` of initializers, in place: it repeats what the tensors themselves say."""
+    graphs = [proto.graph]
+    for graph in graphs:
+        graphs.extend(a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)
+        weights = {tensor.name for tensor in graph.initializer}
+        kept = [info for info in graph.value_info if info.name not in weights]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
+    return proto
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -418,7 +431,7 @@ def _write_external(model: ir.Model, draft: Path, folder: Path) -> set[Path]:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     name = f"{draft.name}.{digest.hexdigest()[:12]}.data"
-    proto = onnx.load(draft, load_external_data=False)
+    proto = _lean(onnx.load(draft, load_external_data=False))
     for tensor in _tensors(proto):
         for entry in tensor.external_data:
             if entry.key == "location":
