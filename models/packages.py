@@ -151,7 +151,12 @@ def _fetch_debian(name: str, version: str, into: Path) -> None:
         except ZooError:
             # The machine's package lists are missing or old: fetch lists of our own, which needs no root.
             state = work / "state"
-            options = [f"Dir::State={state}", f"Dir::Cache={work / 'cache'}", "Debug::NoLocking=1"]
+            options = [
+                f"Dir::State={state}",
+                f"Dir::State::Lists={state}/lists",
+                f"Dir::Cache={work / 'cache'}",
+                "Debug::NoLocking=1",
+            ]
             flags = [part for option in options for part in ("-o", option)]
             (state / "lists" / "partial").mkdir(parents=True)
             (work / "cache" / "archives" / "partial").mkdir(parents=True)

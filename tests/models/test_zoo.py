@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 # models/ is no installed package: it is imported from the checkout, as the command line does.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models import metrics, packages, zoo
 from models.data import read_samples, write_folder, write_npz
 
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = zoo.load_models()
 FETCHED = [name for name, model in MODELS.items() if model.build]
 
