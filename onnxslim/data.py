@@ -18,7 +18,6 @@ import dataclasses
 import importlib
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,17 @@ class Data(Sequence[Sample]):
             yield self.feed(sample)
 
     def feed(self, sample: Sample) -> Sample:
-        """One sample reduced to the arrays that are model inputs."""
-        return {spec.name: sample[spec.name] for spec in self.specs}
+        """One sample reduced to the arrays that are model inputs.
+
+        Raises:
+            DataError: an array is missing, or of the wrong type or shape.
+        """
+        check_sample(sample, self.specs, self.origin)
+        # Text comes as '<U3' from a file and is fed as objects.
+        return {
+            spec.name: sample[spec.name].astype(object) if spec.dtype.kind == "O" else sample[spec.name]
+            for spec in self.specs
+        }
 
     def split(self, held_out: float) -> tuple[Data, Data]:
         """Two parts, the second with about ``held_out`` of the samples, spread evenly over the sequence.
@@ -106,9 +114,14 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
         name = value.name or ""
         if not isinstance(value.type, ir.TensorType):
             raise DataError(f"input {name!r} is not a tensor ({value.type}): only tensor inputs can be fed")
-        shape = None if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
+        # Some exporters write -1 for a dimension that is not known.
+        shape = None if value.shape is None else tuple(_size(d) for d in value.shape)
         specs.append(InputSpec(name, np.dtype(value.type.dtype.numpy()), shape))
     return specs
+
+
+def _size(dim: int | ir.SymbolicDim) -> int | None:
+    return dim if isinstance(dim, int) and dim >= 0 else None
 
 
 def open_data(source: Source, specs: Sequence[InputSpec], *, what: str = "calibration") -> Data:
@@ -127,7 +140,7 @@ def open_data(source: Source, specs: Sequence[InputSpec], *, what: str = "calibr
         elif path.exists():
             data = _open_npz(path, specs, what)
         elif ":" in text and path.suffix != ".npz":
-            data = _from_iterable(resolve(text, what)(), text, specs, what)
+            data = _from_iterable(_called(resolve(text, what), text, what), text, specs, what)
         else:
             raise DataError(f"{what} data: {text}: no such file or folder")
     else:
@@ -150,7 +163,14 @@ def resolve(text: str, what: str) -> Callable[..., Any]:
         raise UsageError(f"{what}: cannot import {text!r}: {error}; give module:function") from error
     if not callable(found):
         raise UsageError(f"{what}: {text!r} is not a function")
-    return found  # type: ignore[no-any-return]
+    return found
+
+
+def _called(function: Callable[..., Any], text: str, what: str) -> Any:
+    try:
+        return function()
+    except Exception as error:  # the user's own code may raise anything
+        raise DataError(f"{what} data: {text} raised {type(error).__name__}: {error}") from error
 
 
 def check_sample(sample: Sample, specs: Sequence[InputSpec], where: str) -> None:
@@ -162,7 +182,7 @@ def check_sample(sample: Sample, specs: Sequence[InputSpec], where: str) -> None
                 f"the data has {sorted(sample)}"
             )
         array = sample[spec.name]
-        if array.dtype != spec.dtype:
+        if array.dtype != spec.dtype and not (spec.dtype.kind == "O" and array.dtype.kind in "OU"):
             raise DataError(f"{where}: array {spec.name!r} is {array.dtype}, the model needs {spec.dtype}")
         if spec.shape is None:
             continue
@@ -176,32 +196,39 @@ def check_sample(sample: Sample, specs: Sequence[InputSpec], where: str) -> None
 
 def _read_npz(path: Path, what: str) -> Sample:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise DataError(f"{what} data: {path}: is a .npy file; save named arrays with numpy.savez")
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.ndarray):
+            with archive:
+                return {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy and zipfile raise a dozen unrelated types for a broken file
         raise DataError(f"{what} data: {path}: not a readable .npz file ({error})") from error
+    raise DataError(f"{what} data: {path}: is a .npy file; save named arrays with numpy.savez")
 
 
 def _open_npz(path: Path, specs: Sequence[InputSpec], what: str) -> Data:
-    arrays = _read_npz(path, what)
+    return _from_arrays(_read_npz(path, what), str(path), specs, what)
+
+
+def _from_arrays(arrays: Sample, origin: str, specs: Sequence[InputSpec], what: str) -> Data:
+    """Samples on axis 0 of every array."""
     missing = [s.name for s in specs if s.name not in arrays]
     if missing:
         raise DataError(
-            f"{what} data: {path}: no array named {missing[0]!r}; the model needs {[s.name for s in specs]}, "
-            f"the file has {sorted(arrays)}"
+            f"{what} data: {origin}: no array named {missing[0]!r}; the model needs {[s.name for s in specs]}, "
+            f"the data has {sorted(arrays)}"
         )
     scalars = [name for name, a in arrays.items() if a.ndim == 0]
     if scalars:
-        raise DataError(f"{what} data: {path}: array {scalars[0]!r} is a scalar; samples are counted on axis 0")
+        raise DataError(f"{what} data: {origin}: array {scalars[0]!r} is a scalar; samples are counted on axis 0")
     counts = {name: len(a) for name, a in arrays.items()}
-    if len(set(counts.values())) != 1:
-        raise DataError(f"{what} data: {path}: arrays disagree on the number of samples (axis 0): {counts}")
+    if len(set(counts.values())) > 1:
+        raise DataError(f"{what} data: {origin}: arrays disagree on the number of samples (axis 0): {counts}")
     # A model with a fixed batch of B takes B rows at a time.
     batch = next((s.shape[0] for s in specs if s.shape and s.shape[0] is not None), 1) or 1
-    count = next(iter(counts.values())) // batch
-    return Data(str(path), count, lambda k: {n: a[k * batch : (k + 1) * batch] for n, a in arrays.items()}, specs)
+    rows = next(iter(counts.values()), 0)
+    if 0 < rows < batch:
+        raise DataError(f"{what} data: {origin}: holds {rows} rows, the model takes {batch} at a time")
+    return Data(origin, rows // batch, lambda k: {n: a[k * batch : (k + 1) * batch] for n, a in arrays.items()}, specs)
 
 
 def _open_folder(path: Path, specs: Sequence[InputSpec], what: str) -> Data:
@@ -222,9 +249,13 @@ def _read_onnx_set(folder: Path, specs: Sequence[InputSpec], what: str) -> Sampl
         file = folder / f"input_{index}.pb"
         try:
             tensor = onnx.TensorProto.FromString(file.read_bytes())
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                raise DataError(f"{what} data: {file}: refers to another file, which a sample must not")
             sample[tensor.name if tensor.name in {s.name for s in specs} else spec.name] = onnx.numpy_helper.to_array(
                 tensor
             )
+        except DataError:
+            raise
         except OSError as error:
             raise DataError(f"{what} data: {file}: {error.strerror}") from error
         except Exception as error:  # protobuf and onnx raise unrelated types for a broken file
@@ -233,24 +264,27 @@ def _read_onnx_set(folder: Path, specs: Sequence[InputSpec], what: str) -> Sampl
 
 
 def _from_iterable(items: Any, origin: str, specs: Sequence[InputSpec], what: str) -> Data:
-    if isinstance(items, Mapping):  # arrays with samples on axis 0, as in a .npz
-        arrays = {name: np.asarray(a) for name, a in items.items()}
-        items = [{name: a[k : k + 1] for name, a in arrays.items()} for k in range(min(map(len, arrays.values())))]
-    samples: list[Sample] = []
-    for k, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            raise DataError(
-                f"{what} data: {origin}: sample {k} is {type(item).__name__}, not a {{name: array}} mapping"
-            )
-        samples.append({name: np.asarray(value) for name, value in item.items()})
-    return Data(origin, len(samples), samples.__getitem__, specs)
+    if isinstance(items, Mapping):  # as in a .npz
+        return _from_arrays({name: np.asarray(a) for name, a in items.items()}, origin, specs, what)
+    if not isinstance(items, Iterable):
+        raise DataError(f"{what} data: {origin}: is {type(items).__name__}, not an iterable of samples")
+    # A sequence is read sample by sample; what can be read only once must be kept.
+    kept = items if isinstance(items, Sequence) else _called(lambda: list(items), origin, what)
+
+    def load(k: int) -> Sample:
+        if not isinstance(kept[k], Mapping):
+            found = type(kept[k]).__name__
+            raise DataError(f"{what} data: {origin}: sample {k} is {found}, not a {{name: array}} mapping")
+        return {name: np.asarray(value) for name, value in kept[k].items()}
+
+    return Data(origin, len(kept), load, specs)
 
 
 def synthetic(model: ir.Model, count: int, *, seed: int, shapes: Mapping[str, Sequence[int]] | None = None) -> Data:
     """``count`` generated samples for ``model``: normal floats, small non-negative integers, booleans.
 
-    A symbolic dimension is 1 on axis 0 (the batch) and 1 elsewhere unless a name that the model repeats asks for the
-    same value; ``shapes`` overrides by input name.
+    A symbolic dimension is 1 on axis 0 (the batch), 64 in an array of rank 4 or more, 16 in a smaller one, and one name
+    has one size everywhere; ``shapes`` overrides by input name.
 
     Raises:
         UsageError: a shape is given for an unknown input or has the wrong rank.
@@ -273,6 +307,15 @@ def synthetic(model: ir.Model, count: int, *, seed: int, shapes: Mapping[str, Se
             for dim, size in zip(value.shape, given[value.name], strict=True):
                 if not isinstance(dim, int) and dim.value is not None:
                     symbols.setdefault(str(dim.value), size)
+
+    def choose(dim: int | ir.SymbolicDim, axis: int, rank: int) -> int:
+        size = _size(dim)
+        if size is not None:
+            return size
+        usual = _default_size(axis, rank)
+        name = None if isinstance(dim, int) else dim.value
+        return usual if name is None else symbols.setdefault(str(name), usual)
+
     for value in model.graph.inputs:
         if value.name not in by_name:
             continue
@@ -281,10 +324,8 @@ def synthetic(model: ir.Model, count: int, *, seed: int, shapes: Mapping[str, Se
         elif value.shape is None:
             concrete[value.name] = ()
         else:
-            concrete[value.name] = tuple(
-                d if isinstance(d, int) else symbols.get(str(d.value), _default_size(axis, len(value.shape)))
-                for axis, d in enumerate(value.shape)
-            )
+            rank = len(value.shape)
+            concrete[value.name] = tuple(choose(d, axis, rank) for axis, d in enumerate(value.shape))
 
     def load(k: int) -> Sample:
         rng = np.random.default_rng([seed, k])

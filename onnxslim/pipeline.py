@@ -12,18 +12,20 @@ import dataclasses
 import difflib
 import functools
 import importlib.metadata
+import math
 import re
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import onnx_ir as ir
 
-from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.contract import Context, Effect, Outcome, Pass, Skip, literal
 from onnxslim.errors import CheckError, DataError, UsageError
 
 GROUP = "onnxslim.passes"
+_MISFIT = object()
 
 
 @functools.cache
@@ -54,7 +56,10 @@ def find(name: str) -> type[Pass]:
         near = difflib.get_close_matches(name, entries, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown pass {name!r}: there are {', '.join(entries)}{hint}")
-    loaded = entries[name].load()
+    try:
+        loaded = entries[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"pass {name!r} ({entries[name].value}) cannot be imported: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
         raise UsageError(f"{entries[name].value} (pass {name!r}) is not a subclass of onnxslim.contract.Pass")
     return loaded
@@ -78,10 +83,10 @@ def complete(passes: Sequence[Pass]) -> list[Pass]:
     result: list[Pass] = []
     seen: set[str] = set()
 
-    def add(item: Pass) -> None:
+    def add(item: Pass, above: tuple[str, ...] = ()) -> None:
         for name in item.wants:
-            if name not in seen:
-                add(find(name)())
+            if name not in seen and name not in above:  # two passes that want each other: the first one asked leads
+                add(find(name)(), (*above, item.name))
         closing = next((p for p in result if p.last), None)
         if closing is not None and not item.last and item.name not in closing.wants:
             raise UsageError(f"{item.name} must come before {closing.name}: write {item.name},{closing.name}")
@@ -187,9 +192,10 @@ def _build(name: str, options: str) -> Pass:
     # Bare words are strings except the three literals; Python's own parser then does the rest, and evaluates nothing.
     try:
         call = ast.parse(f"f({options})", mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:
         raise UsageError(f"{name}({options}): options are name=value pairs separated by commas") from error
-    assert isinstance(call, ast.Call)
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+        raise UsageError(f"{name}({options}): options are name=value pairs separated by commas")
     if call.args or any(k.arg is None for k in call.keywords):
         raise UsageError(f"{name}({options}): options are name=value pairs; {name} has {', '.join(fields) or 'none'}")
     hints = get_type_hints(cls)
@@ -219,19 +225,40 @@ def _literal(node: ast.expr, where: str) -> Any:
 
 
 def _typed(name: str, option: str, value: Any, hint: Any) -> Any:
-    """``value`` if it fits the annotation of the field (an int passes for a float)."""
+    """``value`` if it fits the annotation of the field (an int passes for a float, a single value for a list)."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for kind in kinds:
-        base = getattr(kind, "__origin__", kind)
-        if kind is type(None) and value is None:
-            return None
-        if base is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if base is int and isinstance(value, bool):
-            continue
-        if isinstance(base, type) and isinstance(value, base):
-            return value
-        if base is tuple and isinstance(value, str):
-            return (value,)
-    readable = " or ".join("none" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
-    raise UsageError(f"{name}: option {option}={value!r} must be {readable}")
+        fitted = _fit(value, kind)
+        if fitted is not _MISFIT:
+            return fitted
+    raise UsageError(f"{name}: option {option}={literal(value)} must be {' or '.join(map(readable, kinds))}")
+
+
+def _fit(value: Any, kind: Any) -> Any:
+    origin = get_origin(kind)
+    if kind is type(None):
+        return None if value is None else _MISFIT
+    if origin is Literal:
+        return value if value in get_args(kind) else _MISFIT
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if number else _MISFIT
+    if kind is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _MISFIT
+    if origin is tuple and get_args(kind)[1:] == (...,):
+        items = [_fit(item, get_args(kind)[0]) for item in (value if isinstance(value, tuple) else (value,))]
+        return _MISFIT if _MISFIT in items else tuple(items)
+    return value if isinstance(kind, type) and isinstance(value, kind) else _MISFIT
+
+
+def readable(kind: Any) -> str:
+    """The annotation of an option in the words of the user."""
+    if kind is type(None):
+        return "none"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list of {readable(get_args(kind)[0])}"
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(map(readable, get_args(kind)))
+    return str(getattr(kind, "__name__", kind))

@@ -220,9 +220,8 @@ def pass_page(name: str) -> RenderableType:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         default = field.default_factory() if callable(field.default_factory) else field.default
-        kind = hints[field.name]
-        readable = kind.__name__ if isinstance(kind, type) else str(kind).replace("NoneType", "none")
-        options.add_row(field.name, readable, literal(default))
+        shown = "required" if default is dataclasses.MISSING else literal(default)
+        options.add_row(field.name, pipeline.readable(hints[field.name]), shown)
     parts: list[RenderableType] = [Text(introspection.getdoc(cls) or ""), Text(), Text(f"promise: {cls.effect.value}")]
     if cls.wants:
         parts.append(Text(f"runs before it: {', '.join(cls.wants)}"))
