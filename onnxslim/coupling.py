@@ -1,0 +1,366 @@
+"""How every operator ties the channels of its inputs, outputs and weights.
+
+`analyze` walks the graph once and states, per operator, which axes are tied (see `onnxslim.channels`), where channels
+are contracted (summed over: the only places where a removed channel could still be felt), and which constants and
+attributes have to change when channels leave. An operator without a rule freezes what it touches and says so.
+
+The oracle that holds for everything found here: multiplying the contracted inputs by a 0/1 mask in the original graph
+(`mask`) gives the same outputs as removing the masked channels (`Coupling.remove`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import runtime
+from onnxslim.channels import Ids, Labels, Solution
+from onnxslim.errors import ModelError
+from onnxslim.graph import add_constant, add_node, constant, is_constant, set_constant
+
+Axes = list[Labels | None]  # one entry per axis; None: the axis cannot be cut
+Rule = Callable[["Coupling", ir.Node], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A contraction: ``node`` sums over axis ``axis`` of input ``data``.
+
+    ``weight`` is the input index of the constant factor and ``weight_axis`` its contracted axis; -1 where the other
+    factor is computed at run time. ``labels`` are the ids of the contracted axis, (n,). ``groups`` > 1 for grouped
+    convolutions, whose weight holds n / groups input channels; ``rank`` that of the data.
+    """
+
+    node: ir.Node
+    data: int
+    axis: int
+    labels: Labels
+    weight: int = -1
+    weight_axis: int = -1
+    groups: int = 1
+    rank: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.node.name or self.node.outputs[0].name or self.node.op_type
+
+
+@dataclasses.dataclass
+class Family:
+    """Interchangeable units of removal: atoms that appear on exactly the same axes.
+
+    Attributes:
+        name: the first tensor that carries them.
+        atoms: (n,) ids.
+        sites: contractions that feel their removal.
+        weights: constants that shrink, each with the axis.
+    """
+
+    name: str
+    atoms: np.ndarray
+    sites: list[Site]
+    weights: list[tuple[ir.Value, int]]
+
+
+class Coupling:
+    """The statements about one model; built by `analyze`."""
+
+    def __init__(self, model: ir.Model, shapes: Mapping[str, tuple[int, ...]], small: Mapping[str, np.ndarray]) -> None:
+        self.model = model
+        self.ids = Ids()
+        self.sites: list[Site] = []
+        self.labels: dict[ir.Value, Axes] = {}
+        self.shapes = shapes
+        self._small = small
+        self._edits: list[Callable[[Callable[[Labels], np.ndarray]], None]] = []
+        self._solution: Solution | None = None
+
+    # What rules ask.
+
+    def shape(self, value: ir.Value) -> tuple[int, ...]:
+        """The shape seen when the model ran on a sample."""
+        if value.const_value is not None and value.is_initializer():
+            return tuple(value.const_value.shape.numpy())
+        return self.shapes[value.name or ""]
+
+    def argument(self, value: ir.Value | None) -> np.ndarray | None:
+        """The content of an integer argument (a shape, indices): constant, or as seen on the sample."""
+        if value is None:
+            return None
+        found = constant(value)
+        return found if found is not None else self._small.get(value.name or "")
+
+    def axes(self, value: ir.Value) -> Axes:
+        """The labels of ``value``; an initializer gets new ones when first asked for."""
+        if value not in self.labels:
+            # int64 and bool constants are shapes, indices and masks: data about the graph, not channels.
+            fresh = is_constant(value) and value.dtype not in (ir.DataType.INT64, ir.DataType.BOOL)
+            self.labels[value] = [self.ids.new(n) if fresh and n > 1 else None for n in self.shape(value)]
+        return self.labels[value]
+
+    # What rules say.
+
+    def tie(self, x: Labels | None, y: Labels | None, reason: str) -> Labels | None:
+        """Tie two axes; where one cannot be cut, the other is frozen for ``reason``. Returns the labels of both."""
+        if x is None or y is None:
+            self.freeze(x, reason)
+            self.freeze(y, reason)
+            return None
+        self.ids.tie(x, y)
+        return x
+
+    def freeze(self, x: Labels | None, reason: str) -> None:
+        """Keep every index of an axis."""
+        if x is not None:
+            self.ids.freeze(x, reason)
+
+    def freeze_value(self, value: ir.Value | None, reason: str) -> None:
+        """Keep every index of every axis of a tensor."""
+        if value is not None and (value in self.labels or is_constant(value)):
+            for labels in self.axes(value):
+                self.freeze(labels, reason)
+
+    def set(self, value: ir.Value, axes: Axes) -> None:
+        """Label an output; axes of size 1 are never cut."""
+        shape = self.shape(value)
+        self.labels[value] = [None if n < 2 else labels for n, labels in zip(shape, axes, strict=True)]
+
+    def contract(self, node: ir.Node, data: int, axis: int, weight: int, weight_axis: int, groups: int = 1) -> None:
+        """Record that ``node`` sums over an axis of input ``data``; the other factor is input ``weight``."""
+        value = node.inputs[data]
+        assert value is not None
+        labels = self.axes(value)[axis]
+        if labels is None:
+            return
+        fixed = is_constant(node.inputs[weight])
+        self.sites.append(
+            Site(
+                node,
+                data,
+                axis,
+                labels,
+                weight if fixed else -1,
+                weight_axis if fixed else -1,
+                groups,
+                len(self.shape(value)),
+            )
+        )
+
+    def edit(self, change: Callable[[Callable[[Labels], np.ndarray]], None]) -> None:
+        """Register what else changes on removal; ``change`` is given a function labels -> bool, kept or not."""
+        self._edits.append(change)
+
+    # What passes ask.
+
+    @property
+    def solution(self) -> Solution:
+        """The solved statements."""
+        if self._solution is None:
+            self._solution = self.ids.solve()
+        return self._solution
+
+    @functools.cached_property
+    def families(self) -> list[Family]:
+        """Everything that can be removed, in the order in which the graph computes it."""
+        places: dict[int, list[tuple[int, int]]] = {}
+        weights = [v for v in self.labels if is_constant(v)]
+        axes = [(k, a, x) for k, v in enumerate(weights) for a, x in enumerate(self.labels[v]) if x is not None]
+        axes += [(-1 - k, 0, site.labels) for k, site in enumerate(self.sites)]
+        for k, axis, labels in axes:
+            for atom in self.solution.atoms(labels).tolist():
+                places.setdefault(atom, []).append((k, axis))
+        first: dict[int, str] = {}
+        for value, value_axes in self.labels.items():
+            if is_constant(value):
+                continue
+            for labels in value_axes:
+                if labels is not None:
+                    for atom in self.solution.atoms(labels).tolist():
+                        first.setdefault(atom, value.name or "")
+        together: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for atom, where in places.items():
+            if atom in first:
+                together.setdefault(tuple(where), []).append(atom)
+        families = [
+            Family(
+                first[atoms[0]],
+                np.array(sorted(atoms)),
+                [self.sites[-1 - k] for k, _ in where if k < 0],
+                [(weights[k], axis) for k, axis in where if k >= 0],
+            )
+            for where, atoms in together.items()
+            if len(atoms) > 1 and any(k < 0 for k, _ in where)
+        ]
+        order = {name: k for k, name in enumerate(dict.fromkeys(first.values()))}
+        return sorted(families, key=lambda f: (order[f.name], int(f.atoms[0])))
+
+    def frozen(self) -> dict[str, str]:
+        """Weights that cannot shrink on any axis, with the reason: {initializer name: reason}."""
+        result: dict[str, str] = {}
+        for value, axes in self.labels.items():
+            labelled = [x for x in axes if x is not None]
+            if is_constant(value) and labelled and all(self.solution.is_frozen(x).all() for x in labelled):
+                result[value.name or ""] = self.solution.reason(labelled[0])
+        return result
+
+    def removed(self, atoms: np.ndarray) -> Callable[[Labels], np.ndarray]:
+        """A function from labels to bool: which of them leave together with ``atoms``."""
+        gone = self.solution.removed(atoms)
+        return lambda labels: gone[labels]
+
+    def remove(self, atoms: np.ndarray) -> None:
+        """Remove ``atoms`` and all that leaves with them from the model, physically and in place."""
+        gone = self.solution.removed(atoms)
+        if not gone.any():
+            return
+
+        def kept(labels: Labels) -> np.ndarray:
+            return ~gone[labels]
+
+        for change in self._edits:
+            change(kept)
+        for value, axes in self.labels.items():
+            if not is_constant(value):
+                continue
+            keep = {axis: kept(x) for axis, x in enumerate(axes) if x is not None and not kept(x).all()}
+            if keep:
+                array: np.ndarray = np.asarray(constant(value))
+                for axis, mask in keep.items():
+                    array = np.asarray(np.compress(mask, array, axis=axis))
+                set_constant(value, array)
+        for value, axes in self.labels.items():
+            if is_constant(value) or value.shape is None:
+                continue
+            dims = list(value.shape)
+            for axis, x in enumerate(axes):
+                if x is not None and isinstance(dims[axis], int):
+                    dims[axis] = int(kept(x).sum())
+            value.shape = ir.Shape(dims)
+
+
+def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 0) -> Coupling:
+    """State how the channels of ``model`` are coupled.
+
+    Args:
+        feeds: one sample; the shapes seen on it are those that the rules work with.
+    """
+    from onnxslim.rules import RULES
+
+    shapes, small = _observe(model, feeds, threads)
+    coupling = Coupling(model, shapes, small)
+    for value in model.graph.inputs:
+        if not value.is_initializer():
+            coupling.labels[value] = [None] * len(coupling.shape(value))
+    for node in model.graph:
+        rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx", "com.microsoft") else None
+        (rule or unknown)(coupling, node)
+    for value in model.graph.outputs:
+        coupling.freeze_value(value, f"graph output {value.name}")
+    return coupling
+
+
+def unknown(c: Coupling, node: ir.Node) -> None:
+    """Freeze everything that a node reads, in its subgraphs too; its outputs cannot be cut."""
+    reason = f"{node.op_type} {node.name}: no rule for this operator"
+    for value in (*node.inputs, *_captured(node)):
+        c.freeze_value(value, reason)
+    for value in node.outputs:
+        if value.name in c.shapes:
+            c.labels[value] = [None] * len(c.shape(value))
+
+
+def mask(model: ir.Model, sites: Iterable[Site], gone: Callable[[Labels], np.ndarray]) -> None:
+    """Multiply the contracted inputs by 0 where ``gone``, in place: the model as it would be without these channels.
+
+    ``model`` is the one that was analyzed or a clone of it (nodes are found by name of their first output). A constant
+    factor is masked itself; where both are computed, a Mul is inserted.
+    """
+    nodes = {node.outputs[0].name: node for node in model.graph}
+    for site in sites:
+        removed = gone(site.labels)
+        if not removed.any():
+            continue
+        node = nodes[site.node.outputs[0].name]
+        if site.weight >= 0:
+            weight = node.inputs[site.weight]
+            array = constant(weight)
+            assert weight is not None and array is not None
+            array = zero_channels(array, site, removed)
+            # A weight shared by several nodes has the same channels for all of them: they are all tied through it.
+            set_constant(weight, array)
+            continue
+        value = node.inputs[site.data]
+        assert value is not None and value.dtype is not None
+        keep = (~removed).astype(value.dtype.numpy())
+        shape = [1] * site.rank
+        shape[site.axis] = len(keep)
+        factor = add_constant(model.graph, f"{value.name}_mask", keep.reshape(shape))
+        masked = add_node(model.graph, "Mul", [value, factor], before=node, hint=value.name or "", like=value)
+        node.replace_input_with(site.data, masked.outputs[0])
+
+
+def zero_channels(weight: np.ndarray, site: Site, removed: np.ndarray) -> np.ndarray:
+    """``weight`` with the factors of the removed input channels set to 0; ``removed`` is bool (n,)."""
+    array = weight.copy()
+    if site.groups == 1:
+        np.moveaxis(array, site.weight_axis, 0)[removed] = 0
+        return array
+    inner = len(removed) // site.groups
+    if site.node.op_type == "ConvTranspose":  # (in, out / groups, ...): the channel is the row
+        array[removed] = 0
+        return array
+    rows = array.reshape(site.groups, -1, *array.shape[1:])
+    for group, part in enumerate(removed.reshape(site.groups, inner)):
+        rows[group][:, part] = 0
+    return rows.reshape(array.shape)
+
+
+def _captured(node: ir.Node) -> list[ir.Value]:
+    """Values of the outer graph that the subgraphs of ``node`` read."""
+    found: list[ir.Value] = []
+    for attr in node.attributes.values():
+        if attr.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            continue
+        for graph in attr.as_graphs() if attr.type == ir.AttributeType.GRAPHS else [attr.as_graph()]:
+            inner = list(graph.all_nodes())
+            found.extend(v for n in inner for v in n.inputs if v is not None)
+            found.extend(graph.outputs)
+    return found
+
+
+def _observe(
+    model: ir.Model, feeds: Mapping[str, np.ndarray], threads: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
+    """Shapes of all values on one sample, and the content of the small integer ones."""
+    names = [v.name for v in model.graph.inputs if not v.is_initializer() and v.name]
+    names += [v.name for node in model.graph for v in node.outputs if v.name and isinstance(v.type, ir.TensorType)]
+    names += [v.name for node in model.graph for v in node.outputs if v.name and v.type is None]
+    values = next(iter(runtime.tap(model, names, [_two_samples(model, feeds)], threads=threads, optimize=False)))
+    shapes = {name: np.shape(array) for name, array in values.items() if isinstance(array, np.ndarray)}
+    small = {n: a for n, a in values.items() if isinstance(a, np.ndarray) and a.dtype.kind in "iu" and a.size < 1 << 20}
+    return shapes, small
+
+
+def _two_samples(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``feeds`` with a symbolic batch of 1 made 2 where the model takes it: size 1 would hide how the axis moves."""
+    doubled = dict(feeds)
+    for value in model.graph.inputs:
+        array = doubled.get(value.name or "")
+        if array is None or not array.ndim or value.shape is None or not len(value.shape):
+            continue
+        if not isinstance(value.shape[0], int) and array.shape[0] == 1:
+            doubled[value.name or ""] = np.concatenate([array, array])
+    try:
+        runtime.run(runtime.load(model, threads=1), doubled)
+    except ModelError:
+        return dict(feeds)
+    return doubled
+
+
+def reason(node: ir.Node, text: str) -> str:
+    """``text`` as a reason that names the node."""
+    return f"{node.op_type} {node.name or node.outputs[0].name}: {text}"
