@@ -8,7 +8,9 @@ it so that the output appears whole or not at all, with external data that belon
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -61,9 +63,9 @@ def load(source: Any) -> ir.Model:
     elif isinstance(source, onnx.ModelProto):
         model = _from_proto(source, "the given ModelProto", None, warnings)
     elif isinstance(source, ir.Model):
-        model = source.clone()
+        model = _clone(source)
     elif isinstance(getattr(source, "model", None), ir.Model):  # torch.onnx.ONNXProgram
-        model = source.model.clone()
+        model = _clone(source.model)
     elif isinstance(getattr(source, "model_proto", None), onnx.ModelProto):
         model = _from_proto(source.model_proto, "the given program", None, warnings)
     else:
@@ -72,6 +74,13 @@ def load(source: Any) -> ir.Model:
             "torch.onnx.ONNXProgram"
         )
     return normalize(model, warnings)
+
+
+def _clone(model: ir.Model) -> ir.Model:
+    try:
+        return model.clone()
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the given onnx_ir.Model is not valid: {error}") from error
 
 
 def normalize(model: ir.Model, warnings: list[str] | None = None) -> ir.Model:
@@ -279,6 +288,8 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None, warning
         stripped.CopyFrom(proto)
         del stripped.training_info[:]
         proto = stripped
+    if not all(isinstance(text, str) for text in _texts(proto)):
+        raise ModelError(f"{where}: not a valid ONNX model: a name in it is not UTF-8 text")
     _check_external(proto, where, folder)
     proto = _densify(proto, where)
     try:
@@ -296,6 +307,19 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None, warning
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
     return model
+
+
+def _texts(message: Any) -> Iterator[Any]:
+    """Every text field but the contents of tensors; protobuf gives bytes for one that is not UTF-8."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            yield from [value] if isinstance(value, str | bytes) else value
+        elif field.type == field.TYPE_MESSAGE:
+            for item in value if isinstance(value, Sequence) or hasattr(value, "append") else [value]:
+                if isinstance(item, onnx.TensorProto):
+                    yield item.name
+                else:
+                    yield from _texts(item)
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -339,12 +363,18 @@ def _check_external(proto: onnx.ModelProto, where: str, folder: Path | None) -> 
                 raise ModelError(f"{where}: the external data file {location!r} of {tensor.name!r} does not exist")
             sizes[location] = file.stat().st_size
         try:
-            offset, length = int(info.get("offset", 0)), int(info.get("length", 0))
-        except ValueError as error:
+            needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
+            offset, length = int(info.get("offset", 0)), int(info.get("length", needed))
+        except (ValueError, TypeError) as error:
             raise ModelError(
-                f"{where}: the external data of {tensor.name!r} has a malformed offset or length"
+                f"{where}: the external data of {tensor.name!r} has a malformed type, offset or length"
             ) from error
-        if offset < 0 or length < 0 or offset + length > sizes[location]:
+        if offset < 0 or length != needed or min(tensor.dims, default=0) < 0:
+            raise ModelError(
+                f"{where}: the external data of {tensor.name!r} has {length} bytes from byte {offset}, its shape "
+                f"{list(tensor.dims)} needs {needed}"
+            )
+        if offset + length > sizes[location]:
             raise ModelError(
                 f"{where}: the external data of {tensor.name!r} ends at byte {offset + length} of {location!r}, which "
                 f"has {sizes[location]}: the file is truncated"
@@ -446,4 +476,4 @@ def _owned_data(path: Path) -> set[Path]:
     """The data files that an earlier `save` to ``path`` left beside it."""
     if not path.exists():
         return set()
-    return set(path.parent.glob(f"{path.name}.????????????.data"))
+    return set(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 12}.data"))
