@@ -292,14 +292,8 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None, warning
         raise ModelError(f"{where}: not a valid ONNX model: a name in it is not UTF-8 text")
     _check_external(proto, where, folder)
     proto = _densify(proto, where)
-    try:
-        if not _has_external(proto):
-            onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{where}: not a valid ONNX model: {reason}") from error
-    except ValueError:
-        pass  # over 2 GiB: the checker takes only files of that size; ONNX Runtime will still judge it
+    if not _has_external(proto):
+        _check(proto, where)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # a malformed message raises many types
@@ -307,6 +301,28 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None, warning
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
     return model
+
+
+def _check(proto: onnx.ModelProto, where: str) -> None:
+    # The checker wants a rank for every input and output; exporters leave it out and ONNX Runtime does not mind.
+    values = (*proto.graph.input, *proto.graph.output)
+    unshaped = [v.type.tensor_type for v in values if _lacks_shape(v)]
+    for kind in unshaped:
+        kind.shape.SetInParent()
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{where}: not a valid ONNX model: {reason}") from error
+    except ValueError:
+        pass  # over 2 GiB: the checker takes only files of that size; ONNX Runtime will still judge it
+    finally:
+        for kind in unshaped:
+            kind.ClearField("shape")
+
+
+def _lacks_shape(value: onnx.ValueInfoProto) -> bool:
+    return value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
 
 
 def _texts(message: Any) -> Iterator[Any]:

@@ -126,6 +126,15 @@ def test_initializers_listed_as_inputs_become_constants(proto: onnx.ModelProto, 
     assert np.allclose(_answer(model), wanted, atol=1e-6)
 
 
+def test_outputs_without_a_declared_shape_are_fine(proto: onnx.ModelProto, wanted: np.ndarray) -> None:
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    content = proto.SerializeToString()
+    model = model_io.load(proto)
+    assert np.allclose(_answer(model), wanted, atol=1e-6)
+    assert model.graph.outputs[0].shape is not None, "it can be inferred"
+    assert proto.SerializeToString() == content
+
+
 def test_training_information_is_dropped_and_said(proto: onnx.ModelProto) -> None:
     proto.training_info.add().algorithm.name = "sgd"
     assert "training_info" in model_io.load(proto).meta[model_io.WARNINGS][0]
