@@ -42,20 +42,18 @@ def loaded(proto: onnx.ModelProto) -> ir.Model | None:
 
 
 def with_constants(proto: onnx.ModelProto, inputs: list[Any]) -> Iterator[tuple[onnx.ModelProto, list[Any]]]:
-    """Variants of a case: as it is; small integer inputs made weights; all tensor inputs made weights."""
-    yield proto, inputs
-    for everything in (False, True):
+    """Variants of a case: as it is; small integer inputs made weights; all inputs but the first; all inputs."""
+    arrays = [np.asarray(a) if is_tensor(a) else None for a in inputs]
+    plain = [
+        k
+        for k, (value, array) in enumerate(zip(proto.graph.input, arrays, strict=False))
+        if array is not None and value.type.HasField("tensor_type") and array.dtype.kind in "biuf"
+    ]
+    small = [k for k in plain if arrays[k].dtype in (np.int64, np.int32, np.bool_) and arrays[k].size <= 256]
+    for chosen in dict.fromkeys(((), tuple(small), tuple(k for k in plain if k), tuple(plain))):
         copy = onnx.ModelProto()
         copy.CopyFrom(proto)
-        left = []
-        for value, array in zip(proto.graph.input, inputs, strict=False):
-            integer = is_tensor(array) and np.asarray(array).dtype in (np.int64, np.int32, np.bool_)
-            small = is_tensor(array) and np.asarray(array).size <= 256
-            plain = value.type.HasField("tensor_type") and is_tensor(array) and np.asarray(array).dtype.kind in "biuf"
-            if plain and ((integer and small) or everything):
-                copy.graph.input.remove(value)
-                copy.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), value.name))
-            else:
-                left.append(array)
-        if len(left) < len(inputs):
-            yield copy, left
+        for k in reversed(chosen):
+            copy.graph.initializer.append(onnx.numpy_helper.from_array(arrays[k], copy.graph.input[k].name))
+            del copy.graph.input[k]
+        yield copy, [a for k, a in enumerate(inputs) if k not in chosen]
