@@ -128,6 +128,8 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     if reusable:
         old.name = fresh_name(graph, f"{name}_old")
         new.name = name
+        # What the model declares about its output stays declared.
+        new.type, new.shape = new.type or old.type, old.shape or new.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         return
     # An input, an initializer or another output cannot be renamed: the output becomes an Identity of it.
@@ -138,10 +140,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     old.name = fresh_name(graph, f"{name}_old")
     output = ir.Value(name=name, type=old.type, shape=old.shape)
     identity = ir.node("Identity", [new], outputs=[output], name=fresh_name(graph, f"{name}_identity"))
-    if producer is not None:
-        graph.insert_after(producer, identity)
-    else:
-        graph.append(identity)
+    graph.append(identity)  # nothing in the graph reads it
     for index, value in enumerate(graph.outputs):
         if value is old:
             graph.outputs[index] = output

@@ -1,0 +1,132 @@
+"""Sessions, tapped values and interleaved latency."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxslim import model as model_io
+from onnxslim import runtime
+from onnxslim.errors import ModelError, UsageError
+
+X = np.random.default_rng(0).standard_normal((2, 2, 8, 8)).astype(np.float32)
+
+
+def test_model_bytes_and_file_give_the_same(proto: onnx.ModelProto, tiny: Path) -> None:
+    model = model_io.load(proto)
+    answers = [runtime.load(source)({"x": X})["y"] for source in (model, model_io.to_bytes(model), tiny, str(tiny))]
+    assert all(np.allclose(a, answers[0], atol=1e-6) for a in answers)
+
+
+def test_large_models_are_loaded_from_disk(proto: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_io.load(proto)
+    wanted = runtime.load(model)({"x": X})["y"]
+    monkeypatch.setattr(runtime, "IN_MEMORY", 0)
+    monkeypatch.setattr(model_io, "to_bytes", lambda _: pytest.fail("the weights were serialized"))
+    assert np.array_equal(runtime.load(model)({"x": X})["y"], wanted)
+
+
+def test_unknown_and_missing_providers_are_usage_errors(proto: onnx.ModelProto) -> None:
+    model = model_io.load(proto)
+    with pytest.raises(UsageError, match="give one of cpu, cuda, openvino"):
+        runtime.load(model, ep="tpu")
+    for ep, package in (("cuda", "onnxruntime-gpu"), ("openvino", "onnxruntime-openvino")):
+        if not runtime.available(ep):
+            with pytest.raises(UsageError, match=package):
+                runtime.load(model, ep=ep)
+
+
+def test_a_refused_model_and_a_failing_input_are_model_errors(proto: onnx.ModelProto) -> None:
+    with pytest.raises(ModelError, match="ONNX Runtime cannot load it"):
+        runtime.load(b"nonsense")
+    runner = runtime.load(model_io.load(proto))
+    with pytest.raises(ModelError, match=r"it: fails on inputs \{'x': \[2, 3, 8, 8\]\}") as caught:
+        runtime.run(runner, {"x": np.zeros((2, 3, 8, 8), np.float32)}, "it")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError):
+        runtime.run(runner, {})
+
+
+def test_tap_yields_what_the_whole_model_computes(proto: onnx.ModelProto) -> None:
+    model = model_io.load(proto)
+    before = model_io.to_bytes(model)
+    feeds = [{"x": X[:1]}, {"x": X[1:]}]
+    rows = list(runtime.tap(model, ["x", "c", "f", "y"], feeds))
+    w2 = np.asarray(model.graph.initializers["w2"].const_value)
+    b2 = np.asarray(model.graph.initializers["b2"].const_value)
+    for row, feed in zip(rows, feeds, strict=True):
+        assert np.array_equal(row["x"], feed["x"])
+        assert np.allclose(np.maximum(row["c"], 0).mean((2, 3)), row["f"], atol=1e-5)
+        assert np.allclose(row["f"] @ w2 + b2, row["y"], atol=1e-5)
+    assert model_io.to_bytes(model) == before
+
+
+def test_tap_computes_only_what_is_needed(proto: onnx.ModelProto) -> None:
+    # The part behind the tapped value would fail on this input.
+    proto.graph.node[4].input[1] = "w1"
+    (row,) = runtime.tap(_unchecked(proto), ["r"], [{"x": X}])
+    assert row["r"].shape == (2, 4, 8, 8)
+
+
+def _unchecked(proto: onnx.ModelProto) -> Any:
+    import onnx_ir as ir
+
+    return ir.from_proto(proto)
+
+
+def test_tap_of_inputs_alone_runs_nothing(proto: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "load", lambda *_, **__: pytest.fail("a session was made"))
+    (row,) = runtime.tap(model_io.load(proto), ["x"], [{"x": X}])
+    assert np.array_equal(row["x"], X)
+
+
+class _Sleeper(runtime.Runner):
+    """Takes a known time, whatever it is fed."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+        self.calls = 0
+
+    def __call__(self, feeds: Any) -> dict[str, Any]:
+        self.calls += 1
+        stop = time.perf_counter() + self.milliseconds / 1e3
+        while time.perf_counter() < stop:
+            pass
+        return {}
+
+
+def test_latency_ratios() -> None:
+    slow, fast = _Sleeper(2.0), _Sleeper(1.0)
+    compared = runtime.compare_latency([slow, fast, slow], [[{}]] * 3, seconds=0.4)
+    assert compared.speedup[0] == 1.0
+    assert compared.speedup[1] == pytest.approx(2.0, rel=0.2)
+    assert compared.speedup[2] == pytest.approx(1.0, rel=0.2)
+    for speedup, (low, high) in zip(compared.speedup, compared.interval, strict=True):
+        assert low <= speedup <= high
+    for latency in compared.latency:
+        assert latency.p10 <= latency.median <= latency.p90
+        assert latency.runs == compared.latency[0].runs >= 5
+
+
+def test_latency_uses_every_sample_and_ends_in_time() -> None:
+    seen: list[int] = []
+
+    class Recorder(_Sleeper):
+        def __call__(self, feeds: Any) -> dict[str, Any]:
+            seen.append(feeds["k"])
+            return super().__call__(feeds)
+
+    start = time.perf_counter()
+    runtime.compare_latency([Recorder(5.0)], [[{"k": k} for k in range(4)]], seconds=0.1, min_rounds=8)
+    assert time.perf_counter() - start < 2
+    assert set(seen) == {0, 1, 2, 3}
+
+
+def test_the_runtime_s_own_graph_is_shown(proto: onnx.ModelProto) -> None:
+    shown = runtime.optimized(model_io.load(proto))
+    assert "Relu" not in {node.op_type for node in shown.graph}, "ONNX Runtime fuses Conv and Relu"
