@@ -116,6 +116,20 @@ class Solution:
                 return gone[self.root]
             gone = more
 
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Carry numbers >= 0 from atoms to all that they remove, -1 elsewhere: (ids,), the largest where several meet.
+
+        ``values`` is (ids,), -1 except at the atoms concerned.
+        """
+        x, parts = self.definitions[0], self.definitions[1:]
+        while True:
+            more = values.copy()
+            for part in parts:
+                np.maximum.at(more, x, values[part])
+            if (more == values).all():
+                return values[self.root]
+            values = more
+
     def atoms(self, labels: Labels) -> np.ndarray:
         """The atoms (sorted, without the frozen one) whose removal removes something on this axis."""
         found = np.unique(self.root[labels])

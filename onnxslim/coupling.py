@@ -170,8 +170,8 @@ class Coupling:
         weights = [v for v in self.labels if is_constant(v)]
         axes = [(k, a, x) for k, v in enumerate(weights) for a, x in enumerate(self.labels[v]) if x is not None]
         axes += [(-1 - k, 0, site.labels) for k, site in enumerate(self.sites)]
-        for k, axis, labels in axes:
-            for atom in self.solution.atoms(labels).tolist():
+        for k, axis, carried in axes:
+            for atom in self.solution.atoms(carried).tolist():
                 places.setdefault(atom, []).append((k, axis))
         first: dict[int, str] = {}
         for value, value_axes in self.labels.items():
