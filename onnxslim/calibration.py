@@ -96,3 +96,89 @@ def collect(
 def _chunks(rows: np.ndarray, size: int) -> Any:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+class Histogram:
+    """Counts of the finite values seen, in bins whose width doubles when a larger value arrives.
+
+    The bins cover [-limit, limit]; ``limit`` is a power of two times the smallest float that matters, so merging
+    neighbours keeps every count in its place. Exact zeros are counted apart: quantization stores them without error,
+    and after Relu they are most of the values. Extremes are exact; counts come from at most ``per_array`` values of
+    each array, taken at a fixed stride. Memory: ``BINS`` counters, whatever was seen.
+
+    Attributes:
+        low, high: smallest and largest finite value.
+        counts: float64 (BINS,), non-zero values.
+        zeros: number of exact zeros among the counted values.
+        total: number of counted values; ``elements``: number of values per array, averaged.
+    """
+
+    BINS = 8192
+
+    def __init__(self, per_array: int = 1 << 16) -> None:
+        self.per_array = per_array
+        self.low = np.inf
+        self.high = -np.inf
+        self.limit = 0.0
+        self.counts = np.zeros(self.BINS)
+        self.zeros = 0
+        self.total = 0
+        self.arrays = 0
+        self.values = 0
+
+    @property
+    def elements(self) -> float:
+        """Values per array, on average."""
+        return self.values / max(self.arrays, 1)
+
+    @property
+    def centers(self) -> np.ndarray:
+        """The middle of each bin, (BINS,)."""
+        width = 2 * self.limit / self.BINS
+        return (np.arange(self.BINS) + 0.5) * width - self.limit
+
+    def update(self, array: np.ndarray) -> None:
+        flat = np.asarray(array).reshape(-1)
+        self.arrays += 1
+        self.values += flat.size
+        if not flat.size:
+            return
+        low, high = float(flat.min()), float(flat.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            flat = flat[np.isfinite(flat)]
+            if not flat.size:
+                return
+            low, high = float(flat.min()), float(flat.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._cover(max(abs(low), abs(high)))
+        # An odd stride does not fall in step with channels and rows, which are mostly even.
+        some = flat[:: -(-flat.size // self.per_array) | 1]
+        values = some[some != 0]
+        self.zeros += some.size - values.size
+        self.total += some.size
+        if values.size:
+            scaled = values.astype(np.float64) * (self.BINS / 2 / self.limit) + self.BINS / 2
+            index = np.minimum(scaled.astype(np.int64), self.BINS - 1)
+            self.counts += np.bincount(index, minlength=self.BINS)
+
+    def _cover(self, magnitude: float) -> None:
+        if magnitude <= self.limit or magnitude == 0:
+            return
+        if self.limit == 0:
+            self.limit = 2.0 ** np.ceil(np.log2(max(magnitude, 1e-30)))
+        while self.limit < magnitude:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = np.zeros(self.BINS)
+            self.counts[self.BINS // 4 : self.BINS // 4 * 3] = merged
+            self.limit *= 2
+
+    def quantile(self, share: float) -> tuple[float, float]:
+        """The range that leaves ``1 - share`` of the values outside, as many below as above; within the extremes."""
+        mass = self.counts.copy()
+        mass[self.BINS // 2] += self.zeros
+        below = np.cumsum(mass)
+        tail = (1 - share) / 2 * below[-1]
+        width = 2 * self.limit / self.BINS
+        low = np.searchsorted(below, tail) * width - self.limit
+        high = (np.searchsorted(below, below[-1] - tail) + 1) * width - self.limit
+        return max(self.low, low), min(self.high, high)

@@ -1,0 +1,224 @@
+"""What storing tensors in 8 bits would do to a model, measured by running it.
+
+`Local` adds, beside every product of the float model, the same product of the stored input and the stored weight, and
+sums up the difference: one session gives the error of every product for any choice of ranges, because scales and zero
+points are inputs of the session. Upstream products stay exact, so errors do not mix.
+
+`Switched` is the whole model with every stored tensor behind a switch that is an input of the session: any choice of
+units can be simulated without building a model for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import graph as g
+from onnxslim import runtime
+from onnxslim.qdq import Plan
+from onnxslim.quantization import QParams, dequantize
+from onnxslim.units import Kind, Unit, find_units, sources, stored_values
+
+Weights = Mapping[str, tuple[np.ndarray, QParams]]
+Feeds = dict[str, np.ndarray]
+
+
+class Local:
+    """The error that each product makes by itself.
+
+    Args:
+        model: a float model; it is not changed.
+        products: names of the units to measure.
+        weights: stored weights of these units.
+    """
+
+    def __init__(self, model: ir.Model, products: Sequence[str], weights: Weights, threads: int) -> None:
+        clone = model.clone()
+        self.version = g.opset(model)
+        units, _ = find_units(clone)
+        self.owner = sources(units.values())
+        self.products = list(products)
+        self.inputs: dict[str, str] = {}
+        for name in self.products:
+            self.inputs[name] = self.owner.get(units[name].inputs[0], units[name].inputs[0])
+        clone.graph.outputs.clear()
+        added: dict[str, tuple[ir.Value, ir.Value]] = {}
+        for name in self.products:
+            owner = self.inputs[name]
+            if owner not in added:
+                added[owner] = _params_inputs(clone.graph, owner)
+            self._branch(clone.graph, units[name], added[owner], weights[name])
+        self.owners = list(added)
+        g.remove_dead(clone.graph)
+        self.runner = runtime.load(clone, threads=threads)
+
+    def _branch(
+        self, graph: ir.Graph, unit: Unit, params: tuple[ir.Value, ir.Value], weight: tuple[np.ndarray, QParams]
+    ) -> None:
+        assert unit.weight is not None
+        node = unit.node
+        inputs = list(node.inputs)
+        assert inputs[0] is not None
+        inputs[0] = _round_trip(graph, node, inputs[0], params)
+        inputs[unit.weight[0]] = g.add_constant(graph, f"{unit.name}_weight", dequantize(*weight))
+        copy = ir.node(node.op_type, inputs, outputs=[ir.Value(name=g.fresh_name(graph, f"{unit.name}_q"))])
+        copy.attributes.update(node.attributes)
+        graph.insert_after(node, copy)
+        exact = node.outputs[0]
+        error = g.add_node(graph, "Sub", [copy.outputs[0], exact], after=copy, hint=unit.name)
+        channels = weight[0].shape[unit.weight[1] or 0]
+        form, axes = ([0, channels, -1], [0, 2]) if node.op_type == "Conv" else ([-1, channels], [0])
+        shape = g.add_constant(graph, f"{unit.name}_form", np.array(form, np.int64))
+        rows = g.add_node(graph, "Reshape", [error.outputs[0], shape], after=error, hint=unit.name)
+        mean = _reduce(graph, "ReduceMean", rows.outputs[0], axes, self.version)
+        noise = _reduce(graph, "ReduceSumSquare", error.outputs[0], None, self.version)
+        signal = _reduce(graph, "ReduceSumSquare", exact, None, self.version)
+        for kind, found in (("mean", mean), ("noise", noise), ("signal", signal)):
+            found.name = f"{kind}:{unit.name}"
+            found.dtype = ir.DataType.FLOAT
+            graph.outputs.append(found)
+
+    def __call__(self, feeds: Feeds, params: Mapping[str, QParams]) -> dict[str, tuple[float, float, np.ndarray]]:
+        """For each product: squared error, squared norm of the exact result, mean error per channel (channels,)."""
+        chosen = {f"{kind}:{o}": v for o, p in params.items() for kind, v in (("s", p.scale), ("z", p.zero_point))}
+        found = runtime.run(self.runner, {**feeds, **chosen})
+        return {n: (float(found[f"noise:{n}"]), float(found[f"signal:{n}"]), found[f"mean:{n}"]) for n in self.products}
+
+
+class Switched:
+    """The model with the storage of every tensor of a plan behind a switch.
+
+    Args:
+        model: a float model; it is not changed.
+        plan: units, parameters, weights and shifts; calls simulate subsets of its units.
+    """
+
+    def __init__(self, model: ir.Model, plan: Plan, threads: int) -> None:
+        clone = model.clone()
+        self.units, _ = find_units(clone)
+        owner = sources(self.units.values())
+        graph = clone.graph
+        values = {v.name or "": v for v in graph.inputs}
+        values.update((v.name or "", v) for node in graph for v in node.outputs)
+        self.values = stored_values(self.units, plan.chosen)
+        self.products = [n for n in self.units if n in plan.chosen and self.units[n].kind is Kind.PRODUCT]
+        constants = {o: _constants(graph, o, plan.params[o]) for o in {owner.get(v, v) for v in self.values}}
+        for name in self.values:
+            value = values[name]
+            uses = list(value.uses())
+            switch = _switch(graph, f"on:{name}")
+            first = graph[0] if value.producer() is None else None
+            scale, zero = constants[owner.get(name, name)]
+            q = g.add_node(graph, "QuantizeLinear", [value, scale, zero], before=first, after=value.producer())
+            q.outputs[0].dtype = ir.DataType.UINT8
+            dq = g.add_node(graph, "DequantizeLinear", [q.outputs[0], scale, zero], after=q, like=value)
+            choice = g.add_node(graph, "Where", [switch, dq.outputs[0], value], after=dq, like=value)
+            for use in uses:
+                use.node.replace_input_with(use.idx, choice.outputs[0])
+            for index, output in enumerate(graph.outputs):
+                if output is value:
+                    graph.outputs[index] = choice.outputs[0]
+        # Outputs may have been renamed: they are read by position.
+        for name in self.products:
+            self._weight(graph, self.units[name], plan)
+        self.runner = runtime.load(clone, threads=threads)
+
+    def _weight(self, graph: ir.Graph, unit: Unit, plan: Plan) -> None:
+        assert unit.weight is not None
+        node, index = unit.node, unit.weight[0]
+        switch = _switch(graph, f"w:{unit.name}")
+        weight = node.inputs[index]
+        stored = g.add_constant(graph, f"{unit.name}_stored", dequantize(*plan.weights[unit.name]))
+        choice = g.add_node(graph, "Where", [switch, stored, weight], before=node, like=weight)
+        node.replace_input_with(index, choice.outputs[0])
+        shift = plan.shift.get(unit.name)
+        target = unit.bias or node
+        place = 2 if unit.bias is None else (0 if g.is_constant(unit.bias.inputs[0]) else 1)
+        if shift is None or (unit.bias is None and node.op_type == "MatMul"):
+            return
+        old = target.inputs[place] if len(target.inputs) > place else None
+        plain = np.zeros(len(shift), np.float32) if old is None else g.constant(old)
+        assert plain is not None
+        if old is None:
+            node.resize_inputs(3)
+            old = g.add_constant(graph, f"{unit.name}_no_bias", plain)
+        moved = g.add_constant(graph, f"{unit.name}_moved", (plain + shift).astype(np.float32))
+        bias = g.add_node(graph, "Where", [switch, moved, old], before=target, like=old)
+        target.replace_input_with(place, bias.outputs[0])
+
+    def __call__(self, feeds: Feeds, chosen: Collection[str]) -> list[np.ndarray]:
+        """The outputs, in the order of the model's, with the ``chosen`` units on integers."""
+        on = set(stored_values(self.units, chosen))
+        switches = {f"on:{v}": np.array(v in on) for v in self.values}
+        switches.update((f"w:{n}", np.array(n in chosen)) for n in self.products)
+        found = runtime.run(self.runner, {**feeds, **switches})
+        return [np.asarray(found[name]) for name in self.runner.outputs]
+
+
+def _switch(graph: ir.Graph, name: str) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
+    graph.inputs.append(value)
+    return value
+
+
+def _constants(graph: ir.Graph, owner: str, params: QParams) -> tuple[ir.Value, ir.Value]:
+    return (
+        g.add_constant(graph, f"{owner}_scale", params.scale),
+        g.add_constant(graph, f"{owner}_zero_point", params.zero_point),
+    )
+
+
+def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) -> float:
+    """Squared error over the variance of the exact result, for the worst floating-point output; 0 is perfect.
+
+    ``pairs`` are (exact outputs, other outputs) of each sample; errors and variances are summed over the samples.
+    Against the variance, so that a constant offset of an output does not hide errors.
+    """
+    worst = 0.0
+    for index in range(len(pairs[0][0])):
+        error = signal = 0.0
+        for exact, other in pairs:
+            a, b = exact[index], other[index]
+            if a.dtype.kind != "f" or not a.size:
+                continue
+            kept = np.isfinite(a)
+            x = a[kept].astype(np.float64)
+            error += float(np.square(x - b[kept]).sum())
+            signal += float(np.square(x - x.mean()).sum() if x.size > 1 else np.square(x).sum())
+        if not np.isfinite(error):
+            return np.inf
+        if error:
+            worst = max(worst, error / max(signal, 1e-12))
+    return worst
+
+
+def _params_inputs(graph: ir.Graph, owner: str) -> tuple[ir.Value, ir.Value]:
+    """Scale and zero point of one tensor as inputs of the graph, named ``s:`` and ``z:``."""
+    found = []
+    for kind, dtype in (("s", ir.DataType.FLOAT), ("z", ir.DataType.UINT8)):
+        value = ir.Value(name=f"{kind}:{owner}", type=ir.TensorType(dtype), shape=ir.Shape(()))
+        graph.inputs.append(value)
+        found.append(value)
+    return found[0], found[1]
+
+
+def _round_trip(graph: ir.Graph, before: ir.Node, value: ir.Value, params: tuple[ir.Value, ir.Value]) -> ir.Value:
+    """``value`` stored and read back."""
+    q = g.add_node(graph, "QuantizeLinear", [value, *params], before=before)
+    q.outputs[0].dtype = ir.DataType.UINT8
+    return g.add_node(graph, "DequantizeLinear", [q.outputs[0], *params], before=before, like=value).outputs[0]
+
+
+def _reduce(graph: ir.Graph, op_type: str, value: ir.Value, axes: list[int] | None, version: int) -> ir.Value:
+    """A reduction without kept axes; from opset 18 the axes are an input."""
+    producer = value.producer()
+    assert producer is not None
+    inputs: list[ir.Value | None] = [value]
+    attributes: dict[str, object] = {"keepdims": 0}
+    if axes is not None and version < 18:
+        attributes["axes"] = axes
+    elif axes is not None:
+        inputs.append(g.add_constant(graph, f"{value.name}_axes", np.array(axes, np.int64)))
+    return g.add_node(graph, op_type, inputs, after=producer, attributes=attributes).outputs[0]

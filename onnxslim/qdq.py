@@ -1,0 +1,207 @@
+"""Inserts Q/DQ pairs so that the chosen operators run as integer kernels.
+
+An execution provider that takes Q/DQ models recognizes a group DequantizeLinear → operator → QuantizeLinear and runs
+it as one integer kernel. A group that is not complete runs in float *with* the conversions, slower than before, so
+everything here follows the rules that ONNX Runtime's selectors check:
+
+* every activation that an integer operator reads, and the one it writes, is stored as u8 with one scale;
+* the value it writes has one reader, the QuantizeLinear; everybody else reads the DequantizeLinear behind it;
+* weights are s8 and symmetric, one scale per output channel (Conv axis 0, Gemm 1 or, transposed, 0, MatMul 1);
+* the bias of Conv and Gemm is int32 with scale ``scale_x * scale_w``;
+* a Relu or Clip between operator and QuantizeLinear is dropped where storing saturates at the same bounds;
+* operators that only move or select values share one scale between input and output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import graph as g
+from onnxslim.quantization import QParams, activation_params, bias_params, quantize
+from onnxslim.units import Kind, Unit, connect, find_units, sources, stored_values
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What runs on integers, and how.
+
+    Attributes:
+        chosen: names of the units.
+        params: storage parameters of activations, by the name of the value that owns the scale (see `sources`).
+        weights: stored weight and its parameters, by unit.
+        shift: what is added to the bias of a unit, (channels,): the mean error that quantization would cause.
+    """
+
+    chosen: frozenset[str]
+    params: Mapping[str, QParams]
+    weights: Mapping[str, tuple[np.ndarray, QParams]]
+    shift: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def insert(model: ir.Model, plan: Plan) -> None:
+    """Rewrite ``model`` in place so that the units of ``plan`` run on integers; opset 13 or newer."""
+    units, _ = find_units(model)
+    writer = _Writer(model, units, plan)
+    for name in stored_values(units, plan.chosen):
+        writer.store(name)
+    for name, unit in units.items():
+        if name in plan.chosen:
+            writer.constants(unit)
+    for name, unit in units.items():
+        if name in plan.chosen and unit.kind is Kind.PRODUCT:
+            writer.product(unit)
+    _shield(model.graph)
+    g.remove_dead(model.graph)
+
+
+def _shield(graph: ir.Graph) -> None:
+    """Keep ONNX Runtime from storing the weights of products that were left in float.
+
+    It does so, with one scale for the whole weight, for every Conv, ConvTranspose and Gemm between a DequantizeLinear
+    with a scalar scale and a QuantizeLinear. A pair of the same numbers as vectors along the channels is not taken.
+    """
+    for node in list(graph):
+        source, weight = (*node.inputs[:2], None, None)[:2]
+        if not g.is_op(node, "Conv", "ConvTranspose", "Gemm") or source is None or weight is None:
+            continue
+        dq = source.producer()
+        shape = g.known_shape(weight)
+        if dq is None or not g.is_op(dq, "DequantizeLinear") or not g.is_constant(weight) or not shape:
+            continue
+        if node.op_type == "Conv":
+            channels = int(shape[1] or 0) * int(g.attribute(node, "group", 1))
+        elif node.op_type == "ConvTranspose":
+            channels = int(shape[0] or 0)
+        else:
+            channels = int(shape[1 if g.attribute(node, "transB", 0) else 0] or 0)
+        numbers = [g.constant(v) for v in dq.inputs[1:3]]
+        if any(a is None or a.ndim for a in numbers) or g.attribute(node, "transA", 0):
+            continue
+        vectors = [
+            g.add_constant(graph, f"{source.name}_{kind}", np.full(channels, a, a.dtype))
+            for kind, a in zip(("scales", "zero_points"), numbers, strict=True)
+            if a is not None
+        ]
+        inputs = [dq.inputs[0], *vectors]
+        own = g.add_node(
+            graph, "DequantizeLinear", inputs, before=node, attributes={"axis": 1}, hint=source.name or "", like=source
+        )
+        node.replace_input_with(0, own.outputs[0])
+
+
+class _Writer:
+    """Inserts pairs into one model; keeps the constants that pairs share."""
+
+    def __init__(self, model: ir.Model, units: Mapping[str, Unit], plan: Plan) -> None:
+        self.graph = model.graph
+        self.units = units
+        self.plan = plan
+        self.owner = sources(units.values())
+        self.writer, self.readers = connect(units)
+        self.values = {v.name or "": v for v in model.graph.inputs}
+        self.values.update((v.name or "", v) for node in model.graph for v in node.outputs)
+        self.shared: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self.stored_weights: dict[tuple[str, int | None], tuple[np.ndarray, QParams, ir.Value]] = {}
+
+    def params(self, value: str) -> QParams:
+        return self.plan.params[self.owner.get(value, value)]
+
+    def store(self, name: str) -> None:
+        """Put a pair behind the value ``name`` and let the right readers read it."""
+        value = self.values[name]
+        unit = self.units.get(self.writer.get(name, ""))
+        written = unit is not None and unit.name in self.plan.chosen
+        raw = value
+        if written and unit is not None and unit.tail is not None:
+            # What is stored saturates at the bounds of the Relu or Clip: the operator feeds the pair directly.
+            raw = unit.tail.inputs[0] or value
+        producer = raw.producer()
+        scale, zero = self._constants_of(name)
+        before = list(value.uses())
+        first = self.graph[0] if producer is None else None
+        q = g.add_node(self.graph, "QuantizeLinear", [raw, scale, zero], hint=name, before=first, after=producer)
+        q.outputs[0].dtype, q.outputs[0].shape = ir.DataType.UINT8, value.shape
+        dq = g.add_node(self.graph, "DequantizeLinear", [q.outputs[0], scale, zero], after=q, hint=name, like=value)
+        if written:
+            # The pair must be the only reader, or the operator cannot become one integer kernel.
+            g.replace(value, dq.outputs[0])
+            q.replace_input_with(0, raw)
+            return
+        for use in before:
+            if self._takes_stored(use.node, name):
+                use.node.replace_input_with(use.idx, dq.outputs[0])
+
+    def _takes_stored(self, node: ir.Node, name: str) -> bool:
+        return any(r in self.plan.chosen and self.units[r].node is node for r in self.readers.get(name, ()))
+
+    def _constants_of(self, name: str) -> tuple[ir.Value, ir.Value]:
+        owner = self.owner.get(name, name)
+        if owner not in self.shared:
+            params = self.plan.params[owner]
+            self.shared[owner] = (
+                g.add_constant(self.graph, f"{owner}_scale", params.scale),
+                g.add_constant(self.graph, f"{owner}_zero_point", params.zero_point),
+            )
+        return self.shared[owner]
+
+    def constants(self, unit: Unit) -> None:
+        """Store the constant operands of a glue unit as u8 with a range of their own."""
+        for index in unit.constants:
+            array = g.constant(unit.node.inputs[index])
+            assert array is not None
+            params = activation_params(float(array.min()), float(array.max()))
+            value = self._dequantized(unit, f"{unit.node.inputs[index].name}", quantize(array, params), params)  # type: ignore[union-attr]
+            unit.node.replace_input_with(index, value)
+
+    def product(self, unit: Unit) -> None:
+        """Store weight and bias of a product."""
+        assert unit.weight is not None
+        index, axis = unit.weight
+        weight = unit.node.inputs[index]
+        assert weight is not None
+        stored, params = self.plan.weights[unit.name]
+        unit.node.replace_input_with(index, self._dequantized(unit, f"{weight.name}", stored, params))
+        self._bias(unit, params, stored.shape[axis] if axis is not None else -1)
+
+    def _bias(self, unit: Unit, weight: QParams, channels: int) -> None:
+        bias = unit.node.inputs[2] if len(unit.node.inputs) > 2 else None
+        row = unit.bias
+        old = g.constant(bias)
+        shift = self.plan.shift.get(unit.name)
+        if row is not None:
+            if shift is not None:
+                index = 0 if g.is_constant(row.inputs[0]) else 1
+                kept = g.constant(row.inputs[index])
+                assert kept is not None
+                value = g.add_constant(self.graph, f"{row.inputs[index].name}", (kept + shift).astype(np.float32))  # type: ignore[union-attr]
+                row.replace_input_with(index, value)
+            return
+        if unit.node.op_type == "MatMul" or (old is None and shift is None):
+            return
+        array = np.zeros(channels, np.float32) if old is None else np.broadcast_to(old.reshape(-1), (channels,))
+        if shift is not None:
+            array = array + shift
+        params = bias_params(weight, self.params(unit.inputs[0]).scale, channels)
+        name = (bias.name if bias is not None else None) or f"{unit.name}_bias"
+        value = self._dequantized(unit, name, quantize(array.astype(np.float32), params), params)
+        if bias is not None:
+            unit.node.replace_input_with(2, value)
+        else:
+            unit.node.resize_inputs(3)
+            unit.node.replace_input_with(2, value)
+
+    def _dequantized(self, unit: Unit, name: str, stored: np.ndarray, params: QParams) -> ir.Value:
+        """A DequantizeLinear of a new constant."""
+        inputs = [
+            g.add_constant(self.graph, f"{name}_quantized", stored),
+            g.add_constant(self.graph, f"{name}_scale", params.scale),
+            g.add_constant(self.graph, f"{name}_zero_point", params.zero_point),
+        ]
+        attributes = {} if params.axis is None else {"axis": params.axis}
+        node = g.add_node(self.graph, "DequantizeLinear", inputs, before=unit.node, hint=name, attributes=attributes)
+        node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(stored.shape)
+        return node.outputs[0]

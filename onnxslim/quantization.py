@@ -1,0 +1,148 @@
+"""Affine quantization: parameters, weights and biases. Pure NumPy, no graph.
+
+A real number x is stored as the integer q = clip(round(x / scale) + zero_point, qmin, qmax) and read back as
+(q - zero_point) * scale. Rounding is to nearest, ties to even, as in the ONNX operator QuantizeLinear. Activations are
+unsigned 8-bit with one scale per tensor; weights are signed 8-bit, symmetric (zero point 0), with one scale per output
+channel; biases are 32-bit with scale ``scale_x * scale_w``, so that they add to the integer accumulator as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+# Below this a scale is denormal or zero in float32 and x / scale overflows.
+SMALLEST_SCALE = 1e-30
+# Room for the accumulator: a bias may use half of the int32 range.
+LARGEST_BIAS = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True)
+class QParams:
+    """Scale and zero point of one tensor; scalars, or vectors along ``axis``.
+
+    Attributes:
+        scale: float32, shape () or (channels,).
+        zero_point: of the storage type, the shape of ``scale``.
+        axis: axis of the channels; None when there is one scale for the whole tensor.
+    """
+
+    scale: np.ndarray
+    zero_point: np.ndarray
+    axis: int | None = None
+
+    @property
+    def low(self) -> float:
+        """The smallest real number that can be stored (one scale only)."""
+        return float((np.iinfo(self.zero_point.dtype).min - self.zero_point.astype(np.float64)) * self.scale)
+
+    @property
+    def high(self) -> float:
+        """The largest real number that can be stored (one scale only)."""
+        return float((np.iinfo(self.zero_point.dtype).max - self.zero_point.astype(np.float64)) * self.scale)
+
+
+def activation_params(low: float, high: float) -> QParams:
+    """Unsigned 8-bit parameters that cover [low, high] and zero.
+
+    Zero is always stored exactly: padding and Relu depend on it. When ``low`` is 0 the zero point is 0, so that storing
+    a tensor also does the work of Relu.
+
+    Raises:
+        ValueError: an infinite or reversed range.
+    """
+    if not (np.isfinite(low) and np.isfinite(high)) or low > high:
+        raise ValueError(f"not a range: [{low}, {high}]")
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / 255, SMALLEST_SCALE)
+    zero_point = int(np.clip(round(-low / scale), 0, 255))
+    return QParams(np.array(scale, np.float32), np.array(zero_point, np.uint8))
+
+
+def quantize(array: np.ndarray, params: QParams) -> np.ndarray:
+    """``array`` in the storage type of ``params``."""
+    info = np.iinfo(params.zero_point.dtype)
+    scale, zero = (_along(v, params.axis, array.ndim) for v in (params.scale, params.zero_point))
+    steps = np.rint(array / scale.astype(np.float64)) + zero
+    return np.clip(steps, info.min, info.max).astype(params.zero_point.dtype)
+
+
+def dequantize(array: np.ndarray, params: QParams) -> np.ndarray:
+    """The real numbers (float32) that a stored array stands for."""
+    scale, zero = (_along(v, params.axis, array.ndim) for v in (params.scale, params.zero_point))
+    return ((array.astype(np.float64) - zero) * scale).astype(np.float32)
+
+
+def weight_params(
+    weight: np.ndarray, axis: int | None, *, bits: int = 8, importance: np.ndarray | None = None
+) -> QParams:
+    """Signed symmetric parameters for ``weight`` with one scale per index of ``axis`` (None: one for all).
+
+    Each scale minimizes the squared rounding error of its channel over a small set of clipping factors, weighted by
+    ``importance``.
+
+    Args:
+        bits: 8, or 7 where pairs of products must not saturate 16 bits (u8 x s8 on CPUs without VNNI).
+        importance: shape broadcastable to ``weight``: the mean square of the activation that each weight multiplies.
+    """
+    rows = _rows(weight, axis).astype(np.float64)
+    costs = np.ones(1) if importance is None else _rows(np.broadcast_to(importance, weight.shape), axis)
+    limit = 2.0 ** (bits - 1) - 1
+    peak = np.maximum(np.abs(rows).max(1, initial=0.0), SMALLEST_SCALE * limit)
+    best = np.full(len(rows), np.inf)
+    scale = peak / limit
+    for factor in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
+        trial = peak * factor / limit
+        steps = np.clip(np.rint(rows / trial[:, None]), -limit, limit)
+        error = (costs * np.square(steps * trial[:, None] - rows)).sum(1)
+        # Clipping must pay: a tie keeps the whole range.
+        better = error < best * (1 - 1e-9)
+        best = np.where(better, error, best)
+        scale = np.where(better, trial, scale)
+    if axis is None:
+        return QParams(np.array(scale[0], np.float32), np.array(0, np.int8))
+    return QParams(scale.astype(np.float32), np.zeros(len(scale), np.int8), axis)
+
+
+def widen_for_bias(weight: QParams, bias: np.ndarray, input_scale: float) -> QParams:
+    """``weight`` with larger scales where the bias would not fit in 32 bits: channels whose weights are almost zero."""
+    least = np.abs(bias.astype(np.float64)) / (input_scale * LARGEST_BIAS)
+    if weight.axis is None:
+        least = least.max(initial=0.0)
+    # The largest stored weight shrinks with the scale's growth; such a channel is constant for all practical purposes.
+    return dataclasses.replace(weight, scale=np.maximum(weight.scale, least).astype(np.float32))
+
+
+def bias_params(weight: QParams, input_scale: np.ndarray, length: int) -> QParams:
+    """32-bit parameters of a bias of ``length`` channels: scale ``input_scale * weight.scale``, zero point 0."""
+    scale = np.float32(input_scale) * weight.scale
+    if weight.axis is None:
+        return QParams(np.asarray(scale, np.float32), np.array(0, np.int32))
+    return QParams(np.broadcast_to(scale, (length,)).astype(np.float32), np.zeros(length, np.int32), 0)
+
+
+def may_saturate(stored: np.ndarray, axis: int | None) -> bool:
+    """Whether two neighbouring products u8 x s8 can exceed 16 bits, as CPUs without VNNI add them.
+
+    ``stored`` are int8 weights; the products are 255 * w at most, and two of them are added in a signed 16-bit lane.
+    """
+    rows = np.abs(_rows(stored, axis).astype(np.int32))
+    rows = rows[:, : rows.shape[1] // 2 * 2].reshape(len(rows), -1, 2)
+    return bool(255 * rows.sum(2).max(initial=0) > np.iinfo(np.int16).max)
+
+
+def _rows(array: np.ndarray, axis: int | None) -> np.ndarray:
+    """``array`` as a matrix with one row per channel."""
+    if axis is None:
+        return array.reshape(1, -1)
+    return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+
+
+def _along(vector: np.ndarray, axis: int | None, rank: int) -> np.ndarray:
+    if axis is None or vector.ndim == 0:
+        return vector
+    shape: list[Any] = [1] * rank
+    shape[axis] = -1
+    return vector.reshape(shape)

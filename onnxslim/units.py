@@ -1,0 +1,316 @@
+"""Operators that can run on 8-bit integers: what they read and write, and which of them are worth it.
+
+A `Unit` is one operator together with what a runtime merges into its integer kernel: the Relu or Clip that the
+saturation of the result replaces, the row added behind a MatMul. `onnxslim.qdq` inserts the Q/DQ pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+
+from onnxslim.graph import attribute, constant, fresh_name, is_constant, is_op, known_shape, only_user, opset
+
+
+class Kind(enum.Enum):
+    """What a unit is for: PRODUCT does the multiplications, GLUE combines or maps values, MOVE keeps its values."""
+
+    PRODUCT = "product"
+    GLUE = "glue"
+    MOVE = "move"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """An operator that can run on integers.
+
+    Attributes:
+        name: of the operator's node; unique in the graph.
+        inputs: names of the activations it reads (constants are not among them).
+        outputs: names of the values that are stored; for a Relu or Clip behind the operator, what that one writes.
+        constants: input indices of constants that are stored as u8, like activations.
+        weight: input index and channel axis of the weight of a product (axis None: one scale), or None.
+        tail: Relu or Clip between the operator and its output.
+        bias: for a MatMul, the Add of a constant row behind it.
+        needs_store: False when the operator also runs on integers with a float result.
+    """
+
+    name: str
+    kind: Kind
+    node: ir.Node
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[int, ...] = ()
+    weight: tuple[int, int | None] | None = None
+    tail: ir.Node | None = None
+    bias: ir.Node | None = None
+    needs_store: bool = True
+
+    @property
+    def op(self) -> str:
+        """Operator type."""
+        return self.node.op_type
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """The operator and what is merged into it."""
+        return [n for n in (self.node, self.bias, self.tail) if n is not None]
+
+
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+# Left in float whatever is done, but named: readers look for them among the products.
+NEVER = ("ConvTranspose", "LSTM", "GRU", "RNN", "Einsum", "Attention")
+_MOVES = (
+    "MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "Tile",
+    "Expand", "DepthToSpace", "SpaceToDepth", "Identity",
+)  # fmt: skip
+_UNARY = ("Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool")
+_BINARY = ("Add", "Mul")
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Give every node of the main graph a name of its own; units are addressed by it."""
+    seen: set[str] = set()
+    for node in model.graph:
+        if not node.name or node.name in seen:
+            node.name = fresh_name(model.graph, node.name or f"{node.op_type}_{node.outputs[0].name}")
+        seen.add(node.name)
+
+
+def find_units(model: ir.Model) -> tuple[dict[str, Unit], dict[str, str]]:
+    """Units of the main graph by name in the order of the graph, and products that cannot be one with the reason."""
+    units: dict[str, Unit] = {}
+    reasons: dict[str, str] = {}
+    version = opset(model)
+    for node in model.graph:
+        name = node.name or ""
+        if is_op(node, *PRODUCTS):
+            found = _product(node)
+            if isinstance(found, str):
+                reasons[name] = found
+            else:
+                units[name] = found
+        elif is_op(node, *NEVER):
+            reasons[name] = f"{node.op_type} has no static integer kernel"
+        elif is_op(node, *_MOVES):
+            if unit := _move(node, version):
+                units[name] = unit
+        elif is_op(node, "Resize"):
+            if attribute(node, "mode", "nearest") == "nearest" and (unit := _move(node, version)):
+                units[name] = unit
+        elif (is_op(node, *_BINARY, *_UNARY, "Concat")) and (unit := _glue(node)):
+            units[name] = unit
+    for outer in model.graph:
+        for attr in outer.attributes.values():
+            if attr.type == ir.AttributeType.GRAPH:
+                for node in attr.as_graph().all_nodes():
+                    if is_op(node, *PRODUCTS, *NEVER):
+                        reasons[node.name or f"{node.op_type} in {outer.name}"] = (
+                            f"inside a subgraph of {outer.op_type}"
+                        )
+    return units, reasons
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def _product(node: ir.Node) -> Unit | str:
+    first, second = node.inputs[0], node.inputs[1]
+    if not (_is_float(first) and _is_float(second)) or first is None or second is None:
+        kind = first.dtype if first is not None and first.dtype is not None else "an unknown type"
+        return f"computes in {getattr(kind, 'name', kind)}; only FLOAT is quantized"
+    if is_constant(first):
+        return "its left operand is constant" if not is_constant(second) else "both operands are constant"
+    if not is_constant(second):
+        return "both operands are activations"
+    shape = known_shape(second) or ()
+    output, bias = node.outputs[0], None
+    if node.op_type == "Conv":
+        axis: int | None = 0
+    elif node.op_type == "Gemm":
+        if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "transA", 0):
+            return "Gemm with alpha or transA has no integer kernel"
+        third = node.inputs[2] if len(node.inputs) > 2 else None
+        if third is not None:
+            if attribute(node, "beta", 1.0) != 1.0 or not is_constant(third):
+                return "Gemm with beta or a computed bias has no integer kernel"
+            sizes = known_shape(third) or (1,)
+            if any(size != 1 for size in sizes[:-1]):
+                return "Gemm whose bias is a matrix has no integer kernel"
+        axis = 0 if attribute(node, "transB", 0) else 1
+    else:
+        if len(shape) != 2:
+            return f"its weight has {len(shape)} axes; only matrices have integer kernels"
+        axis = 1
+        bias = _row_bias(output, shape[1])
+        if bias is not None:
+            output = bias.outputs[0]
+    if (
+        node.op_type == "Conv"
+        and len(node.inputs) > 2
+        and node.inputs[2] is not None
+        and not is_constant(node.inputs[2])
+    ):
+        return "its bias is computed at run time"
+    tail = _saturating(output)
+    if tail is not None:
+        output = tail.outputs[0]
+    return Unit(
+        node.name or "",
+        Kind.PRODUCT,
+        node,
+        (first.name or "",),
+        (output.name or "",),
+        weight=(1, axis),
+        tail=tail,
+        bias=bias,
+        needs_store=node.op_type == "Conv",
+    )
+
+
+def _row_bias(value: ir.Value, width: int | None) -> ir.Node | None:
+    """The Add of a constant row (width,) that alone reads ``value``."""
+    node = only_user(value)
+    if not is_op(node, "Add") or node is None or not isinstance(node.graph, ir.Graph):
+        return None
+    other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+    return node if is_constant(other) and known_shape(other) == (width,) else None
+
+
+def _saturating(value: ir.Value) -> ir.Node | None:
+    """The Relu or Clip that alone reads ``value`` and whose bounds enclose zero."""
+    node = only_user(value)
+    if node is None or node.graph is not value.graph:
+        return None
+    if is_op(node, "Relu"):
+        return node
+    if is_op(node, "Clip") and node.inputs[0] is value and len(node.inputs) >= 2:
+        low, high = (constant(v) for v in (*node.inputs[1:3], None)[:2])
+        if any(v is not None and not is_constant(v) for v in node.inputs[1:3]):
+            return None
+        if (low is None or low.item() <= 0) and (high is None or high.item() >= 0):
+            return node
+    return None
+
+
+def _move(node: ir.Node, version: int) -> Unit | None:
+    source = node.inputs[0]
+    if not _is_float(source) or source is None or is_constant(source):
+        return None
+    if node.op_type == "MaxPool" and (version < 12 or len(node.outputs) > 1):
+        return None
+    if node.op_type == "Gather" and len(known_shape(source) or ()) == 0:
+        return None
+    outputs = tuple(v.name or "" for v in node.outputs if v.name)
+    return Unit(node.name or "", Kind.MOVE, node, (source.name or "",), outputs)
+
+
+def _glue(node: ir.Node) -> Unit | None:
+    if not all(_is_float(v) for v in node.inputs) or len(node.outputs) != 1:
+        return None
+    fixed = tuple(k for k, v in enumerate(node.inputs) if is_constant(v))
+    if len(fixed) == len(node.inputs):
+        return None
+    inputs = tuple(dict.fromkeys(v.name or "" for v in node.inputs if v is not None and not is_constant(v)))
+    output = node.outputs[0]
+    tail = _saturating(output) if is_op(node, "Add") else None
+    if tail is not None:
+        output = tail.outputs[0]
+    return Unit(node.name or "", Kind.GLUE, node, inputs, (output.name or "",), fixed, tail=tail)
+
+
+def sources(units: Iterable[Unit]) -> dict[str, str]:
+    """For every value that a MOVE writes, the value whose scale it shares (through chains of moves)."""
+    found: dict[str, str] = {}
+    for unit in units:
+        if unit.kind is Kind.MOVE:
+            for output in unit.outputs:
+                found[output] = found.get(unit.inputs[0], unit.inputs[0])
+    return found
+
+
+def connect(units: Mapping[str, Unit]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The unit that writes each value, and the units that read it."""
+    writer = {output: unit.name for unit in units.values() for output in unit.outputs}
+    readers: dict[str, list[str]] = {}
+    for unit in units.values():
+        for name in unit.inputs:
+            readers.setdefault(name, []).append(unit.name)
+    return writer, readers
+
+
+def stored_values(units: Mapping[str, Unit], chosen: Iterable[str]) -> list[str]:
+    """Names of the values that stand between a QuantizeLinear and a DequantizeLinear, in the order of the graph."""
+    chosen = frozenset(chosen)
+    _, readers = connect(units)
+    found: dict[str, None] = {}
+    for name, unit in units.items():
+        if name not in chosen:
+            continue
+        found.update(dict.fromkeys(unit.inputs))
+        for output in unit.outputs:
+            if unit.needs_store or any(r in chosen for r in readers.get(output, ())):
+                found[output] = None
+    return list(found)
+
+
+def settle(units: Mapping[str, Unit], products: Iterable[str], sizes: Mapping[str, float]) -> frozenset[str]:
+    """The ``products`` and every glue or move between them that is cheaper on integers than in float.
+
+    A glue unit is worth it when more elements reach or leave it already stored than would have to be converted for it:
+    the inputs that chosen units write and the output if a chosen unit reads it, against the rest. ``sizes`` are
+    elements per value. Starts from all units and drops the worst until none is worse than float.
+    """
+    products = frozenset(products)
+    chosen = {n for n, u in units.items() if n in products or u.kind is not Kind.PRODUCT}
+    writer, readers = connect(units)
+
+    def gain(unit: Unit) -> float:
+        total = 0.0
+        for name in unit.inputs:
+            # A value that a product reads is stored already, whoever writes it.
+            held = writer.get(name) in chosen or any(r in products for r in readers.get(name, ()))
+            total += sizes.get(name, 1.0) * (1 if held else -1)
+        for name in unit.outputs:
+            held = any(r in chosen for r in readers.get(name, ()))
+            total += sizes.get(name, 1.0) * (1 if held else -1)
+        return total
+
+    while True:
+        gains = {n: gain(units[n]) for n in chosen if n not in products}
+        worst = min(gains, key=lambda n: (gains[n], n), default=None)
+        if worst is None or gains[worst] > 0:
+            break
+        # Dropping the worst alone lets its neighbours be judged again without it.
+        chosen.discard(worst)
+    kept: set[str] = set()
+    for group in regions(units, chosen):
+        if products & group:
+            kept |= group
+    return frozenset(kept)
+
+
+def regions(units: Mapping[str, Unit], chosen: Iterable[str]) -> list[set[str]]:
+    """The chosen units in groups that pass stored values to each other, in the order of the graph."""
+    chosen = set(chosen)
+    writer, readers = connect(units)
+    groups: list[set[str]] = []
+    seen: set[str] = set()
+    for start in units:
+        if start not in chosen or start in seen:
+            continue
+        group, stack = {start}, [start]
+        while stack:
+            unit = units[stack.pop()]
+            near = {writer[n] for n in unit.inputs if n in writer}
+            near |= {r for n in unit.outputs for r in readers.get(n, ())}
+            fresh = (near & chosen) - group
+            group |= fresh
+            stack.extend(sorted(fresh))
+        seen |= group
+        groups.append(group)
+    return groups

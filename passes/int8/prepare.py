@@ -1,0 +1,146 @@
+"""Everything that int8 needs to know before it chooses layers: ranges, stored weights, bias shifts, sizes, costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import calibration, cost, ranges
+from onnxslim.calibration import Histogram
+from onnxslim.contract import Context
+from onnxslim.data import Data
+from onnxslim.graph import constant
+from onnxslim.probe import Local
+from onnxslim.qdq import Plan
+from onnxslim.quantization import QParams, activation_params, quantize, weight_params, widen_for_bias
+from onnxslim.units import Kind, Unit, find_units, settle, sources, stored_values
+
+# Samples on which ranges are compared by the error they cause; each costs two passes per candidate range.
+COMPARED = 16
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A float model and how each of its units would be stored.
+
+    Attributes:
+        units: all units of the model; ``products`` are the names of those that may run on integers.
+        sizes: elements per value, averaged over the samples.
+        macs: multiply-accumulates per product.
+        params, weights, shift: see `Plan`.
+        methods: how many ranges were taken by each method.
+    """
+
+    units: dict[str, Unit]
+    products: list[str]
+    sizes: dict[str, float]
+    macs: dict[str, int]
+    params: dict[str, QParams]
+    weights: dict[str, tuple[np.ndarray, QParams]]
+    shift: dict[str, np.ndarray]
+    methods: dict[str, int]
+
+    def choose(self, products: Collection[str]) -> frozenset[str]:
+        """``products`` and the glue and moves worth having with them."""
+        return settle(self.units, products, self.sizes)
+
+    def plan(self, chosen: Collection[str]) -> Plan:
+        """The plan that runs ``chosen`` on integers."""
+        return Plan(frozenset(chosen), self.params, self.weights, self.shift)
+
+
+def prepare(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, *, per_channel: bool) -> Prepared:
+    """Measure ``model`` on ``data`` and decide how every unit would be stored.
+
+    Products whose input never had a finite value are dropped from the result's ``products``.
+    """
+    units, _ = find_units(model)
+    wanted = set(products)
+    units = {n: u for n, u in units.items() if u.kind is not Kind.PRODUCT or n in wanted}
+    owner = sources(units.values())
+    names = dict.fromkeys(owner.get(v, v) for v in stored_values(units, units))
+    histograms = {name: Histogram() for name in names}
+    calibration.collect(model, {n: [h] for n, h in histograms.items()}, ctx, data=data)
+    options = {
+        name: {method: activation_params(*limits) for method, limits in ranges.candidates(h).items()}
+        for name, h in histograms.items()
+    }
+    units = {n: u for n, u in units.items() if all(options.get(owner.get(v, v), True) for v in (*u.inputs, *u.outputs))}
+    kept = [n for n in products if n in units]
+    weights = {n: _store(units[n], per_channel) for n in kept}
+    params = {name: found["mse" if "mse" in found else "minmax"] for name, found in options.items() if found}
+    shift, methods = _compare(model, kept, weights, options, params, data.spread(COMPARED), ctx)
+    for name in kept:
+        unit = units[name]
+        scale = float(params[owner.get(unit.inputs[0], unit.inputs[0])].scale)
+        weights[name] = _fit_bias(unit, weights[name], scale)
+    table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
+    sizes = {name: histograms[owner.get(name, name)].elements for name in (*names, *owner)}
+    return Prepared(units, kept, sizes, {n: table.get(n, 0) for n in kept}, params, weights, shift, methods)
+
+
+def _compare(
+    model: ir.Model,
+    products: Sequence[str],
+    weights: Mapping[str, tuple[np.ndarray, QParams]],
+    options: Mapping[str, Mapping[str, QParams]],
+    params: dict[str, QParams],
+    data: Data,
+    ctx: Context,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Put the best range of every input of a product into ``params``; returns bias shifts and how often each won.
+
+    The best range is the one with the least error of the products that read the tensor, relative to their results. The
+    shift of a product makes up for its mean error per channel, shrunk where samples disagree about it.
+    """
+    if not products:
+        return {}, {}
+    local = Local(model, products, weights, ctx.threads)
+    kinds = list(dict.fromkeys(kind for owner in local.owners for kind in options[owner]))
+    errors: dict[tuple[str, str], float] = {}
+    means: dict[tuple[str, str], list[np.ndarray]] = {}
+    for feed in ctx.progress.track(data.feeds(), total=len(data), label="ranges"):
+        for kind in kinds:
+            found = local(feed, {o: options[o].get(kind, params[o]) for o in local.owners})
+            for name, (error, signal, mean) in found.items():
+                key = (local.inputs[name], kind)
+                errors[key] = errors.get(key, 0.0) + error / max(signal, 1e-30)
+                means.setdefault((name, kind), []).append(mean)
+    methods: dict[str, int] = {}
+    winner: dict[str, str] = {}
+    for owner in local.owners:
+        best = min(options[owner], key=lambda kind: errors[owner, kind])
+        winner[owner], params[owner] = best, options[owner][best]
+        methods[best] = methods.get(best, 0) + 1
+    shift = {}
+    for name in products:
+        seen = np.array(means[name, winner[local.inputs[name]]], np.float64)
+        mean, doubt = seen.mean(0), seen.var(0) / len(seen)
+        shift[name] = -mean * np.square(mean) / (np.square(mean) + doubt + 1e-30)
+    return shift, methods
+
+
+def _store(unit: Unit, per_channel: bool) -> tuple[np.ndarray, QParams]:
+    assert unit.weight is not None
+    index, axis = unit.weight
+    weight = constant(unit.node.inputs[index])
+    assert weight is not None
+    params = weight_params(weight, axis if per_channel else None)
+    return quantize(weight, params), params
+
+
+def _fit_bias(unit: Unit, stored: tuple[np.ndarray, QParams], scale: float) -> tuple[np.ndarray, QParams]:
+    """The stored weight again, with wider scales where the bias of Conv or Gemm would overflow 32 bits."""
+    bias = constant(unit.node.inputs[2]) if len(unit.node.inputs) > 2 else None
+    if bias is None or unit.weight is None:
+        return stored
+    flat = np.broadcast_to(bias.reshape(-1), (stored[0].shape[unit.weight[1] or 0],))
+    wide = widen_for_bias(stored[1], flat, scale)
+    if np.array_equal(wide.scale, stored[1].scale):
+        return stored
+    weight = constant(unit.node.inputs[unit.weight[0]])
+    assert weight is not None
+    return quantize(weight, wide), wide

@@ -1,0 +1,129 @@
+"""`int8`: integer kernels where they pay, the outputs kept, everything left alone named."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from onnxslim import data, runtime
+from onnxslim import model as model_io
+from onnxslim.contract import Context, Outcome
+from onnxslim.errors import UsageError
+from onnxslim.passes.int8 import Int8
+from onnxslim.pipeline import parse
+
+RNG = np.random.default_rng(0)
+
+
+def build(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], x: list[int | str], opset: int = 17) -> ir.Model:
+    """A model of ``nodes`` from ``x`` to ``y``."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return model_io.load(onnx.shape_inference.infer_shapes(proto))
+
+
+def filters(out: int, into: int, size: int = 3) -> np.ndarray:
+    """Weights of a Conv that keep the size of their input."""
+    return (RNG.standard_normal((out, into, size, size)) / np.sqrt(into * size * size)).astype(np.float32)
+
+
+def residual(opset: int = 17, clip: bool = False) -> ir.Model:
+    """Conv, activation, Conv, Add, activation, mean, Gemm."""
+    weights = {"w1": filters(32, 8), "w2": filters(32, 32), "w3": filters(32, 32)}
+    weights |= {"b1": RNG.standard_normal(32).astype(np.float32), "g": filters(10, 32, 1).reshape(10, 32)}
+    weights |= {"low": np.float32(0), "high": np.float32(6), "gb": RNG.standard_normal(10).astype(np.float32)}
+
+    def activation(source: str, out: str) -> onnx.NodeProto:
+        if clip:
+            return helper.make_node("Clip", [source, "low", "high"], [out])
+        return helper.make_node("Relu", [source], [out])
+
+    same = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], name="first", **same),
+        activation("c1", "r1"),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], name="second", **same),
+        activation("c2", "r2"),
+        helper.make_node("Conv", ["r2", "w3"], ["c3"], name="third", **same),
+        helper.make_node("Add", ["c3", "r1"], ["s"]),
+        activation("s", "r3"),
+        helper.make_node("GlobalAveragePool", ["r3"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Gemm", ["f", "g", "gb"], ["y"], name="head", transB=1),
+    ]
+    return build(nodes, weights, ["n", 8, 12, 12], opset)
+
+
+def samples(shape: tuple[int, ...], count: int = 12) -> list[dict[str, np.ndarray]]:
+    return [{"x": np.random.default_rng(k).standard_normal(shape).astype(np.float32)} for k in range(count)]
+
+
+def run(model: ir.Model, item: Int8, feeds: list[dict[str, np.ndarray]], **options: bool) -> tuple[ir.Model, Outcome]:
+    """A quantized copy of ``model``."""
+    draft = model.clone()
+    given = data.open_data(feeds, data.input_specs(model))
+    outcome = item.apply(draft, Context(calibration=given, threads=1, **options))  # type: ignore[arg-type]
+    onnx.checker.check_model(model_io.to_proto(draft), full_check=True)
+    return draft, outcome
+
+
+def error(model: ir.Model, other: ir.Model, feed: dict[str, np.ndarray]) -> float:
+    """Relative L2 error of ``other``."""
+    a, b = (next(iter(runtime.load(m)(feed).values())) for m in (model, other))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+def kernels(model: ir.Model) -> list[str]:
+    return [n.op_type for n in runtime.optimized(model).graph]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_everything_becomes_integer_kernels(clip: bool) -> None:
+    model = residual(clip=clip)
+    feeds = samples((2, 8, 12, 12))
+    small, outcome = run(model, Int8(measure=False), feeds)
+    assert kernels(small).count("QLinearConv") == 3
+    assert {"QLinearAdd", "QGemm"} <= set(kernels(small))
+    assert not {"Conv", "Gemm", "Relu", "Clip", "Add"} & set(kernels(small))
+    assert outcome.stats["layers"] == outcome.stats["int8_layers"] == 4
+    assert outcome.stats["integer_kernels"] == {"QLinearConv": 3, "QGemm": 1}
+    assert outcome.stats["int8_macs_fraction"] == 1
+    assert error(model, small, feeds[-1]) < 0.05
+    assert model_io.weight_bytes(small) < 0.35 * model_io.weight_bytes(model)
+
+
+def test_an_old_opset_is_raised() -> None:
+    small, _ = run(residual(opset=12), Int8(measure=False), samples((1, 8, 12, 12)))
+    assert small.graph.opset_imports[""] == 13
+    assert "QLinearConv" in kernels(small)
+
+
+def test_without_data_nothing_is_guessed() -> None:
+    model = residual()
+    small, outcome = run(model, Int8(), samples((1, 8, 12, 12)), synthetic=True)
+    assert model_io.to_bytes(small) == model_io.to_bytes(model)
+    assert outcome.stats["int8_layers"] == 0
+    assert {s.node for s in outcome.skipped} == {"first", "second", "third", "head"}
+    assert all("no calibration data" in s.reason for s in outcome.skipped)
+
+
+def test_kept_layers_are_named() -> None:
+    small, outcome = run(residual(), Int8(measure=False, keep=("second",)), samples((1, 8, 12, 12)))
+    assert kernels(small).count("QLinearConv") == 2
+    assert [(s.node, s.reason) for s in outcome.skipped] == [("second", "asked to stay in float")]
+
+
+def test_options_are_checked_and_round_trip() -> None:
+    item = Int8(fidelity=0.5, measure=False, keep=("a", "b"))
+    assert parse(str(item)) == [item]
+    with pytest.raises(UsageError, match="fidelity"):
+        Int8(fidelity=1.5)
