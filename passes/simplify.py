@@ -17,6 +17,7 @@ from onnxslim.liveness import remove_unread
 from onnxslim.noops import unchanged
 from onnxslim.shapes import Shapes
 from onnxslim.sharing import deduplicate_initializers, merge_equal_nodes
+from onnxslim.views import merge_casts, merge_views, settle_target
 
 # Sweeps after which a graph that still changes is left as it is; each is linear in the nodes, and real models take
 # three to five.
@@ -84,6 +85,9 @@ class _Run:
                 continue
             for value in node.outputs:
                 self._compute(value, shapes, equal)
+            self.stats["targets_settled"] += settle_target(node, shapes, self.model.graph)
+            self.stats["views_merged"] += merge_views(node, shapes, self.model.graph)
+            self.stats["casts_merged"] += merge_casts(node)
 
     def _compute(self, value: ir.Value, shapes: Shapes, equal: ChainMap[Hashable, ir.Value]) -> None:
         """Replace a value whose content is known by a constant, or by an earlier value with the same content."""
