@@ -6,8 +6,8 @@ over the calibration data and feeds every statistic that is attached to a tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -40,38 +40,72 @@ class Range:
 
 
 class Moments:
-    """Count, mean and second moments of row vectors: ``mean`` (k,), ``gram`` (k, k) = sum of x xᵀ, in float64.
+    """Count, means and second moments of pairs of row vectors (x, z), in float64.
 
-    ``rows`` turns the tensor into a matrix (n, k), one row per observation.
+    ``xz`` (p, q) is the sum of x zᵀ over all pairs, ``zz`` (q, q) that of z zᵀ; for a single vector x is z. Rows are
+    gathered until a product of matrices is worth its memory traffic.
     """
 
-    def __init__(self, rows: Any) -> None:
-        self._rows = rows
+    GATHER = 4096  # rows; a product in float32 of so many loses nothing that matters before it is added in float64
+
+    def __init__(self) -> None:
         self.count = 0
-        self.total: np.ndarray | None = None
-        self.gram: np.ndarray | None = None
+        self._sums: dict[str, np.ndarray] = {}
+        self._waiting: list[tuple[np.ndarray, np.ndarray | None]] = []
+        self._rows = 0
+
+    def add(self, z: np.ndarray, x: np.ndarray | None = None) -> None:
+        """Take in rows (n, q), and the rows (n, p) that belong to them."""
+        self._waiting.append((np.asarray(z, np.float32), None if x is None else np.asarray(x, np.float32)))
+        self._rows += len(z)
+        if self._rows >= self.GATHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        z = np.concatenate([pair[0] for pair in self._waiting])
+        parts = {"z": z.sum(0, dtype=np.float64), "zz": z.T @ z}
+        if self._waiting[0][1] is not None:
+            x = np.concatenate([pair[1] for pair in self._waiting if pair[1] is not None])
+            parts |= {"x": x.sum(0, dtype=np.float64), "xz": x.T @ z}
+        for name, part in parts.items():
+            if name in self._sums:
+                self._sums[name] += part
+            else:
+                self._sums[name] = part.astype(np.float64)
+        self.count += len(z)
+        self._waiting, self._rows = [], 0
+
+    def mean(self, name: str = "z") -> np.ndarray:
+        """Mean of ``z`` or ``x``."""
+        self._flush()
+        return self._sums[name] / max(self.count, 1)
+
+    def second(self, name: str = "zz") -> np.ndarray:
+        """Mean of z zᵀ or x zᵀ, not centred."""
+        self._flush()
+        return self._sums[name] / max(self.count, 1)
+
+    def covariance(self, name: str = "zz") -> np.ndarray:
+        """Centred second moments."""
+        return self.second(name) - np.outer(self.mean(name[0]), self.mean("z"))
+
+    @property
+    def empty(self) -> bool:
+        """True when no row was seen."""
+        return not self.count and not self._rows
+
+
+class RowMoments:
+    """The `Moments` of the rows that ``rows`` makes of a tensor, as a statistic for `collect`."""
+
+    def __init__(self, rows: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.moments = Moments()
+        self._rows = rows
 
     def update(self, array: np.ndarray) -> None:
-        # A product in float32 of at most a few thousand rows, added up in float64: BLAS speed, no drift.
-        for rows in _chunks(np.asarray(self._rows(array), np.float32), 4096):
-            if self.total is None or self.gram is None:
-                self.total = np.zeros(rows.shape[1])
-                self.gram = np.zeros((rows.shape[1], rows.shape[1]))
-            self.count += len(rows)
-            self.total += rows.sum(0, dtype=np.float64)
-            self.gram += rows.T @ rows
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean of the rows, (k,)."""
-        assert self.total is not None
-        return self.total / max(self.count, 1)
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """Centred second moments, (k, k)."""
-        assert self.gram is not None
-        return self.gram / max(self.count, 1) - np.outer(self.mean, self.mean)
+        self.moments.add(self._rows(array))
 
 
 def collect(
@@ -91,11 +125,6 @@ def collect(
         for name, attached in statistics.items():
             for statistic in attached:
                 statistic.update(values[name])
-
-
-def _chunks(rows: np.ndarray, size: int) -> Any:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 class Histogram:

@@ -1,9 +1,9 @@
 """What each channel is worth: the error its removal leaves behind once the others have taken over what they can.
 
 Optimal Brain Surgeon for a linear layer y = M x with second moments G of its inputs and H = G + λI: removing column s
-and refitting the others costs ``|M_s|² / [H⁻¹]_ss``; then H⁻¹ loses the rank-one part of s and the next column is judged. A unit of
-several columns S costs ``tr(M_S ([H⁻¹]_SS)⁻¹ M_Sᵀ)``. (Hassibi & Stork 1993; per layer, Frantar & Alistarh,
-arXiv:2208.11580.)
+and refitting the others costs ``|M_s|² / [H⁻¹]_ss``; then H⁻¹ loses the rank-one part of s and the next column is
+judged. A unit of several columns S costs ``tr(M_S ([H⁻¹]_SS)⁻¹ M_Sᵀ)``. (Hassibi & Stork 1993; per layer, Frantar &
+Alistarh, arXiv:2208.11580.)
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def order(contributions: list[Contribution], count: int, *, limit: int, toleranc
     """The order in which ``count`` units should leave all ``contributions`` at once.
 
     The error is the sum over contributions of the squared error over the squared output. At most ``limit`` units are
-    judged, and none after the error has passed ``tolerance``. Units leave in steps of about 1 % of ``count``, so that the
-    work is made of matrix products.
+    judged, and none after the error has passed ``tolerance``. Units leave in steps of about 1 % of ``count``, so
+    that the work is made of matrix products.
     """
     states = [_State(c, count) for c in contributions if c.moments.size and np.trace(c.moments) > 0]
     step = max(1, count // 100)

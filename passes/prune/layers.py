@@ -1,8 +1,8 @@
 """Linear layers as matrices: what a contraction sums over, as rows of observations and columns of a weight.
 
-For a contraction over n channels with a constant factor, the layer computes ``y = M r + b`` for every observation r: a row of
-the input of a Gemm or MatMul, or the patch under the kernel of a convolution (im2col). ``M`` is (out, columns), and
-column k belongs to channel ``channel[k]``.
+For a contraction over n channels with a constant factor, the layer computes ``y = M r + b`` for every observation r: a
+row of the input of a Gemm or MatMul, or the patch under the kernel of a convolution (im2col). ``M`` is (out, columns),
+and column k belongs to channel ``channel[k]``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import coupling, runtime
-from onnxslim.calibration import Moments, collect
+from onnxslim.calibration import Moments, RowMoments, collect
 from onnxslim.channels import Labels
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.coupling import Coupling, Family, Site
@@ -114,12 +114,13 @@ class Prune(Pass):
         """The order of removal in each family, from the second moments of what its readers read."""
         sites = {id(site): site for family in families for site in family.sites}
         wanted = {key: _operands(site) for key, site in sites.items()}
-        statistics: dict[str, dict[int, Moments]] = {}
+        statistics: dict[str, dict[int, RowMoments]] = {}
         for operands in wanted.values():
             for value, axis, rank in operands:
-                statistics.setdefault(value, {}).setdefault(axis - rank, Moments(_sampler(axis, ctx)))
+                statistics.setdefault(value, {}).setdefault(axis - rank, RowMoments(_sampler(axis, ctx)))
         collect(coupled.model, {v: list(m.values()) for v, m in statistics.items()}, ctx, label="measure channels")
-        factors = {key: _contribution(site, wanted[key], statistics) for key, site in sites.items()}
+        moments = {(v, axis): m.moments for v, by_axis in statistics.items() for axis, m in by_axis.items()}
+        factors = {key: _contribution(site, wanted[key], moments) for key, site in sites.items()}
         orders = []
         for family in ctx.progress.track(families, label="rank channels"):
             contributions = []
@@ -201,12 +202,12 @@ def _sampler(axis: int, ctx: Context) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _contribution(
-    site: Site, operands: list[tuple[str, int, int]], statistics: Mapping[str, Mapping[int, Moments]]
+    site: Site, operands: list[tuple[str, int, int]], moments: Mapping[tuple[str, int], Moments]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Factor (out, n) and second moments (n, n) of a contraction; see importance."""
-    found = [statistics[value][axis - rank] for value, axis, rank in operands]
+    found = [moments[value, axis - rank] for value, axis, rank in operands]
     n = len(site.labels)
-    if any(m.gram is None for m in found):
+    if any(m.empty for m in found):
         return np.zeros((1, n)), np.zeros((n, n))
     if site.weight >= 0:
         weight = np.asarray(constant(site.node.inputs[site.weight]), np.float64)
@@ -215,11 +216,11 @@ def _contribution(
             matrix = np.moveaxis(inner, 2, 1).reshape(n, -1).T
             # Channels of different groups never meet in one output: they cannot take over from each other.
             same = np.arange(n) // (n // site.groups)
-            return matrix, found[0].covariance * (same[:, None] == same[None])
+            return matrix, found[0].covariance() * (same[:, None] == same[None])
         matrix = np.moveaxis(weight, site.weight_axis, -1).reshape(-1, n)
-        return matrix, found[0].covariance
+        return matrix, found[0].covariance()
     # Both factors vary: the outputs are sums over n products, whose moments factorize when the factors are independent.
-    second = [m.gram / max(m.count, 1) for m in found if m.gram is not None]
+    second = [m.second() for m in found]
     return np.ones((1, n)), second[0] * second[1] if len(second) > 1 else second[0]
 
 

@@ -2,10 +2,12 @@
 
 With x the original observation of a layer, z the one in the pruned network (K: the columns that stay), both centred:
 
-    min over V of E|M x − V z_K|² + λ|V − M_K|²   →   V = (M E[x z_Kᵀ] + λ M_K)(E[z_K z_Kᵀ] + λI)⁻¹,   b' = b + M x̄ − V z̄_K
+    min over V of E|M x - V z_K|² + λ|V - M_K|²
+    V = (M E[x z_Kᵀ] + λ M_K)(E[z_K z_Kᵀ] + λI)⁻¹,   b' = b + M x̄ - V z̄_K
 
-Layers are refitted in the order of the graph, so that each corrects what the ones before it could not. (Channel pruning by
-least squares: He et al., arXiv:1707.06168.) Nothing is cut here: removed columns become 0, which is the same function.
+Layers are refitted in the order of the graph, so that each corrects what the ones before it could not (channel pruning
+by least squares: He et al., arXiv:1707.06168). Nothing is cut here: removed columns become 0, which is the same
+function.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import runtime
+from onnxslim.calibration import Moments
 from onnxslim.contract import Context
 from onnxslim.data import Data
 from onnxslim.graph import constant, set_constant
@@ -24,26 +27,6 @@ from onnxslim.passes.prune.layers import Layer
 
 MEMORY = 1_000_000_000  # bytes of second moments held at a time
 PASSES = 48  # forward passes over the data, at most: layers are refitted in this many turns
-
-
-class Pair:
-    """Moments of two observations of the same layer: the original's x and the pruned network's z."""
-
-    def __init__(self, columns: int) -> None:
-        self.count = 0
-        self.x = np.zeros(columns)
-        self.z = np.zeros(columns)
-        self.xz = np.zeros((columns, columns))
-        self.zz = np.zeros((columns, columns))
-
-    def update(self, x: np.ndarray, z: np.ndarray) -> None:
-        """Take in rows (n, columns) of both."""
-        x, z = np.asarray(x, np.float32), np.asarray(z, np.float32)
-        self.count += len(x)
-        self.x += x.sum(0, dtype=np.float64)
-        self.z += z.sum(0, dtype=np.float64)
-        self.xz += x.T @ z
-        self.zz += z.T @ z
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +55,14 @@ def refit(
     """
     changed = 0
     for turn in ctx.progress.track(_turns(layers), label="reconstruct"):
-        pairs = [Pair(layer.columns) for layer in turn]
+        pairs = [Moments() for _ in turn]
         names = [layer.data for layer in turn]
         before = runtime.tap(original, names, data.feeds(), threads=ctx.threads)
         after = runtime.tap(pruned, names, data.feeds(), threads=ctx.threads)
         for k, (x, z) in enumerate(zip(before, after, strict=True)):
             for layer, pair in zip(turn, pairs, strict=True):
                 limit = max(-(-options.rows * layer.columns // len(data)), 32)
-                pair.update(layer.rows(x[layer.data], limit, k), layer.rows(z[layer.data], limit, k))
+                pair.add(layer.rows(z[layer.data], limit, k), layer.rows(x[layer.data], limit, k))
         for layer, pair in zip(turn, pairs, strict=True):
             changed += _solve(original, pruned, layer, pair, removed(layer), options)
     return changed
@@ -101,17 +84,18 @@ def _turns(layers: Sequence[Layer]) -> list[list[Layer]]:
 
 
 def _solve(
-    original: ir.Model, pruned: ir.Model, layer: Layer, pair: Pair, removed: np.ndarray, options: Options
+    original: ir.Model, pruned: ir.Model, layer: Layer, pair: Moments, removed: np.ndarray, options: Options
 ) -> bool:
     keep = ~removed[layer.channel]
-    if pair.count < 2 or not keep.any():
+    if pair.empty or not keep.any():
         return False
-    n = pair.count
     bias = layer.bias(pruned)
-    centred = bias is not None
-    x, z = (pair.x / n, pair.z / n) if centred else (np.zeros(layer.columns), np.zeros(layer.columns))
-    xz = pair.xz / n - np.outer(x, z)
-    zz = (pair.zz / n - np.outer(z, z))[np.ix_(keep, keep)]
+    if bias is not None:
+        x, z, xz, zz = pair.mean("x"), pair.mean("z"), pair.covariance("xz"), pair.covariance("zz")
+    else:
+        x = z = np.zeros(layer.columns)
+        xz, zz = pair.second("xz"), pair.second("zz")
+    zz, n = zz[np.ix_(keep, keep)], max(pair.count, 1)
     # Fewer observations than unknowns: lean on the old weights the more.
     scale = options.ridge * max(1.0, 4 * len(zz) / n) * max(float(np.mean(np.diag(zz))), 1e-12)
     damped = zz + scale * np.eye(len(zz))
