@@ -143,7 +143,7 @@ def _change(before: int, after: int) -> str:
 
 def _stats(stats: Mapping[str, Any]) -> str:
     """The counts and figures of a pass; its tables and lists are for the JSON."""
-    shown = {k: v for k, v in stats.items() if isinstance(v, int | float | str) and v}
+    shown = {k: v for k, v in plain(stats).items() if isinstance(v, int | float | str) and v}
     return ", ".join(
         f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
         for k, v in shown.items()
