@@ -1,0 +1,99 @@
+"""fold: linear algebra on weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxslim import graph as g
+from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.passes.fold.absorb import HEAVY, LIGHT, absorb_after, absorb_before
+from onnxslim.passes.fold.chains import merge_chains
+from onnxslim.passes.fold.pads import absorb_pads
+from onnxslim.passes.fold.work import Work
+from onnxslim.sharing import deduplicate_initializers
+
+# In this order: an affine map goes into the operator before it (always exact) rather than into the one behind it, and
+# into a convolution or matrix product rather than into a normalization.
+RULES: Sequence[Callable[[Work], None]] = (
+    absorb_pads,
+    lambda work: absorb_after(work, HEAVY),
+    lambda work: absorb_before(work, HEAVY),
+    lambda work: absorb_after(work, LIGHT),
+    lambda work: absorb_before(work, LIGHT),
+    merge_chains,
+)
+# Elementwise broadcasting as it is known since operator set 7; before that it is an attribute.
+OLDEST_OPSET = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold(Pass):
+    """Folds constant arithmetic into the weights of the linear operators beside it: fewer nodes, the same function.
+
+    BatchNormalization (inference), Mul, Div, Add, Sub and Neg by constants are affine maps ``s x + t`` per channel.
+
+    * after Conv, ConvTranspose, Gemm, MatMul or a normalization: exact when the constants vary along the output
+      channels only and nobody else reads the result in between.
+    * before Conv, ConvTranspose, Gemm, MatMul or BatchNormalization: exact when the constants vary along the input
+      channels only, do not broadcast the data, and either t = 0 or every output sees all taps (no zero padding;
+      ConvTranspose 1x1 with stride 1). Before a padded operator, ``x + t / s`` stays when that saves a node.
+    * runs of elementwise nodes: always exact; constants that round on purpose or whose product takes more bytes stay.
+    * MatMul and Add: Gemm when the data is a matrix and the constant varies along the output channels only.
+    * Pad by constant amounts of spatial axes: zeros into Conv; zeros into AveragePool that counts them; into MaxPool
+      what can never be the maximum of a window.
+
+    A weight that several nodes share is changed in place only when all of them change alike; it is copied only when
+    what disappears weighs as much. Nodes that ONNX Runtime fuses into one kernel (the constants of GELU and of a
+    decomposed layer normalization) stay. The algebra is done in float64 and rounded once to the type of the weight.
+    The file never grows, nor does the number of nodes.
+    """
+
+    name: ClassVar[str] = "fold"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+    wants: ClassVar[Sequence[str]] = ("simplify",)
+
+    def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+        version = g.opset(model)
+        if version < OLDEST_OPSET:
+            return Outcome(skipped=[Skip("*", f"operator set {version} is older than {OLDEST_OPSET}")])
+        work = Work(model)
+        done = -1
+        while work.done.total() != done:
+            done = work.done.total()
+            work.reasons.clear()
+            for rule in RULES:
+                rule(work)
+        g.remove_dead(model.graph, start=[])
+        deduplicate_initializers(model)
+        return Outcome(dict(sorted(work.done.items())), _left(work))
+
+
+def _left(work: Work) -> list[Skip]:
+    """What a user would ask about: every candidate that stayed, with the reason."""
+    skips = []
+    for node in work.nodes():
+        reason = work.reasons.get(node)
+        if reason is None and g.is_op(node, "BatchNormalization"):
+            reason = _why_batchnorm_stays(node)
+        if reason is not None:
+            skips.append(Skip(node.name or node.outputs[0].name or node.op_type, f"{node.op_type}: {reason}"))
+    return skips
+
+
+def _why_batchnorm_stays(node: ir.Node) -> str:
+    if g.attribute(node, "training_mode", 0):
+        return "it is in training mode: its statistics come from the batch"
+    if not all(g.is_constant(v) for v in node.inputs[1:]):
+        return "its scale or statistics are computed at run time"
+    x = node.inputs[0]
+    producer = x.producer() if x is not None else None
+    if producer is not None and g.is_op(producer, *HEAVY):
+        if x is not None and g.only_user(x) is None:
+            return f"the result of {producer.op_type} before it is read by other nodes too"
+        return f"the weight of {producer.op_type} before it is computed at run time"
+    before = producer.op_type if producer is not None else "an input"
+    return f"it stands between {before} and operators that cannot take it over"

@@ -1,0 +1,90 @@
+"""Runs of elementwise nodes with constants, rewritten as at most one Mul and one Add.
+
+``c * (a x + b) + d = (c a) x + (c b + d)`` whatever shapes the constants have; a scale of 1 or an offset of 0 needs no
+node where its constant does not broadcast x to a larger shape. Left alone: constants whose product takes more bytes
+than they do, offsets so large that they round x on purpose, and the constants of patterns that ONNX Runtime fuses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import graph as g
+from onnxslim.passes.fold.affine import Affine, affine, keeps_shape, protected
+from onnxslim.passes.fold.work import Work
+
+
+def merge_chains(work: Work) -> None:
+    """Shorten every run of elementwise nodes with constants."""
+    for node in work.nodes():
+        chain = _run(work, node)
+        if chain is None:
+            continue
+        # The longest part that can be merged, from the front; the rest is seen when its own first node comes.
+        while chain is not None and not _merge(work, chain):
+            chain = _compose(work, chain.nodes[:-1])
+
+
+def _run(work: Work, node: ir.Node) -> Affine | None:
+    """The run of elementwise nodes that starts with ``node``."""
+    nodes: list[ir.Node] = []
+    at: ir.Node | None = node
+    while at is not None and not g.is_op(at, "BatchNormalization") and not protected(at):
+        step = affine(at, work.weights.read)
+        if step is None or (nodes and (step.x is not nodes[-1].outputs[0] or at.graph is not node.graph)):
+            break
+        nodes.append(at)
+        at = g.only_user(at.outputs[0])
+    return _compose(work, tuple(nodes))
+
+
+def _compose(work: Work, nodes: tuple[ir.Node, ...]) -> Affine | None:
+    chain: Affine | None = None
+    for node in nodes:
+        step = affine(node, work.weights.read)
+        assert step is not None
+        chain = step if chain is None else chain.then(step)
+    return chain
+
+
+def _merge(work: Work, chain: Affine) -> bool:
+    dtype = chain.y.dtype or chain.x.dtype
+    if dtype is None or not chain.finite() or chain.rounds_on_purpose(dtype):
+        return False
+    steps: list[tuple[str, np.ndarray]] = []
+    if chain.scales:
+        steps.append(("Mul", chain.scale))
+    if chain.shifts:
+        steps.append(("Add", chain.offset))
+    if len(steps) >= len(chain.nodes):
+        return False
+    needed = np.broadcast_shapes((), *(array.shape for _, array in steps))
+    if needed != chain.shape and not keeps_shape(chain):
+        return False
+    if not steps and chain.y.is_graph_output() and (chain.x.producer() is None or chain.x.is_graph_output()):
+        return False  # an Identity would take the place of the node
+    edit = work.edit()
+    edit.drop(chain.nodes)
+    positions = []
+    for _, array in steps:
+        edit.expect(chain.x.name)
+        positions.append(edit.make(array, dtype))
+    if edit.refusal() is not None:
+        return False
+    work.done["chains"] += 1
+    constants = edit.commit()
+    value = chain.x
+    for (op_type, _), position in zip(steps, positions, strict=True):
+        node = g.add_node(
+            work.graph,
+            op_type,
+            [value, constants[position]],
+            before=chain.nodes[0],
+            hint=chain.x.name or "",
+            like=chain.y,
+        )
+        value = node.outputs[0]
+    g.replace(chain.y, value)
+    edit.finish()
+    return True

@@ -1,0 +1,56 @@
+"""Random graphs through the lossless passes: same outputs, same interface, nothing larger, nothing left over."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from oracles import apply, assert_same, interface, node_count
+from strategies import AFFINE, LINEAR, Case, graphs, pad, pool
+
+FEW = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+)
+
+
+def hold(case: Case, passes: str) -> None:
+    model, feeds = case
+    loaded, _ = apply(model, "")
+    result, _ = apply(model, passes)
+    assert_same(model, result, feeds)
+    assert interface(result) == interface(loaded)
+    assert node_count(result) <= node_count(loaded)
+    reloaded, _ = apply(result, "")
+    again, outcomes = apply(reloaded, passes)
+    changed = again.SerializeToString(deterministic=True) != reloaded.SerializeToString(deterministic=True)
+    assert not changed, f"the second time it did {[o.stats for o in outcomes]}"
+
+
+@pytest.mark.parametrize("passes", ["simplify", "simplify,fold"])
+@FEW
+@given(case=graphs())
+def test_lossless_passes_keep_any_graph(passes: str, case: Case) -> None:
+    hold(case, passes)
+
+
+@FEW
+@given(case=graphs(templates=(*LINEAR, *AFFINE, *AFFINE, pad, pool)))
+def test_fold_alone_keeps_graphs_full_of_candidates(case: Case) -> None:
+    hold(case, "fold")
+
+
+@FEW
+@given(case=graphs(templates=(*LINEAR, *AFFINE, *AFFINE, pad, pool)))
+def test_fold_never_grows_the_file(case: Case) -> None:
+    model, _ = case
+    simplified, _ = apply(model, "simplify")
+    folded, _ = apply(simplified, "fold")
+    assert folded.ByteSize() <= simplified.ByteSize()
+    assert node_count(folded) <= node_count(simplified)
