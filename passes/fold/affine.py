@@ -148,7 +148,7 @@ def _batchnorm(node: ir.Node, read: Read, rank: int | None) -> Affine | None:
 
 
 def chain_after(value: ir.Value, read: Read, axis: int, channels: int, rank: int) -> list[Affine]:
-    """The affine chains that start at ``value`` and that nobody else reads, shortest first, varying along ``axis`` alone."""
+    """The affine chains behind ``value``, shortest first: read by nobody else, varying along ``axis`` alone."""
     chains: list[Affine] = []
     while True:
         node = g.only_user(value)
