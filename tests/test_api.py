@@ -1,0 +1,402 @@
+"""`optimize` as a whole: what is kept, what is undone, and what the report says about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+import onnxslim
+from onnxslim import checks, pipeline, runtime
+from onnxslim import model as model_io
+from onnxslim.contract import Context, Effect, Outcome, Pass
+from onnxslim.errors import DataError, ModelError, UsageError
+from onnxslim.graph import constant, set_constant
+
+Maker = Callable[..., dict[str, np.ndarray]]
+X = np.random.default_rng(9).standard_normal((3, 2, 8, 8)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: dict[str, Any]) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _optimize(model: Any, text: Any = "keep", **options: Any) -> onnxslim.Result:
+    return onnxslim.optimize(model, text, **{"bench": False, **options})
+
+
+def _answer(model: Any) -> np.ndarray:
+    return runtime.load(model)({"x": X})["y"]
+
+
+def _kept(result: onnxslim.Result) -> str:
+    return result.model.metadata_props["onnxslim.pipeline"]
+
+
+def _labelled(model: Any, samples: Maker, count: int = 40) -> dict[str, np.ndarray]:
+    """Samples that the model classifies without a fault."""
+    arrays = samples(count, seed=2)
+    scores = runtime.load(model)({"x": arrays["x"]})["y"]
+    return {**arrays, "labels": scores.argmax(1)}
+
+
+def test_nothing_asked_nothing_changed(tiny: Path) -> None:
+    before = tiny.read_bytes()
+    result = _optimize(tiny)
+    assert tiny.read_bytes() == before
+    assert result.exit_code == 0
+    assert np.allclose(_answer(result.model), _answer(tiny), atol=1e-6)
+    assert result.report.before["nodes"] == result.report.after["nodes"] == 5
+    assert result.report.fidelity is not None
+    assert result.report.fidelity["outputs"][0]["relative_l2"] < 1e-6
+    assert "synthetic inputs" in result.report.warnings[0]
+    assert result.report.bench == []
+
+
+def test_result_is_saved_and_given_as_a_message(tiny: Path, tmp_path: Path) -> None:
+    result = _optimize(tiny)
+    saved = onnx.load(result.save(tmp_path / "out.onnx"))
+    assert saved == result.proto()
+    assert {p.key: p.value for p in saved.metadata_props} == {
+        "onnxslim.version": onnxslim.__version__,
+        "onnxslim.pipeline": "keep",
+    }
+    assert result.report.after["bytes"] == (tmp_path / "out.onnx").stat().st_size
+    assert result.report.before["bytes"] == tiny.stat().st_size
+
+
+def test_every_pipeline_that_made_the_model_is_in_its_metadata(tiny: Path) -> None:
+    once = _optimize(tiny, "keep(level=2)").proto()
+    twice = _optimize(once, "keep").proto()
+    thrice = _optimize(twice, "keep").proto()
+    assert {p.key: p.value for p in twice.metadata_props}["onnxslim.pipeline"] == "keep(level=2);keep"
+    assert thrice == twice
+
+
+def test_same_input_same_bytes(tiny: Path, samples: Maker) -> None:
+    results = [_optimize(tiny, "scale", calibration=samples(), seed=4) for _ in range(2)]
+    assert model_io.to_bytes(results[0].model) == model_io.to_bytes(results[1].model)
+
+
+@pytest.mark.parametrize("by", [1.01, 0.0])
+def test_a_broken_promise_is_undone_and_fails(tiny: Path, by: float) -> None:
+    result = _optimize(tiny, f"lie(by={by}),keep")
+    assert result.exit_code == 1
+    assert np.allclose(_answer(result.model), _answer(tiny), atol=1e-6)
+    assert "CHECK FAILED" in "\n".join(result.report.warnings)
+    lie, keep = result.report.passes
+    assert lie["skipped"][-1]["reason"].startswith("undone: output 'y': relative error")
+    assert keep["stats"] == {"kept": 5}
+    assert _kept(result) == "keep"
+
+
+def test_small_lies_that_add_up_are_undone(tiny: Path) -> None:
+    text = ",".join(["lie(by=1.00008)"] * 4)
+    result = _optimize(tiny, text)
+    assert result.exit_code == 1
+    assert result.report.fidelity is not None
+    assert result.report.fidelity["outputs"][0]["relative_l2"] <= 1e-4
+    assert "over all passes" in "\n".join(result.report.warnings)
+
+
+def test_a_pass_that_adds_nodes_is_dropped_and_named(tiny: Path) -> None:
+    result = _optimize(tiny, "grow")
+    assert result.exit_code == 0
+    assert result.report.after["nodes"] == 5
+    assert any("grow was undone: adds 1 nodes" in line for line in result.report.warnings)
+
+
+def test_a_crash_leaves_a_reproduction(tiny: Path, tmp_path: Path) -> None:
+    for name in ("repro", "repro-2"):
+        result = _optimize(tiny, "keep,crash,keep(level=2)")
+        assert result.exit_code == 123
+        assert result.repro == tmp_path / name
+        assert np.allclose(_answer(result.model), _answer(tiny), atol=1e-6)
+    folder = tmp_path / "repro"
+    assert (folder / "pipeline.txt").read_text() == "crash\n"
+    assert "ZeroDivisionError: on purpose" in (folder / "error.txt").read_text()
+    assert np.allclose(_answer(folder / "model.onnx"), _answer(tiny), atol=1e-6)
+
+
+def test_a_pass_that_changes_the_interface_is_undone(tiny: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Rename(Pass):
+        name: ClassVar[str] = "rename"
+        effect: ClassVar[Effect] = Effect.LOSSY
+
+        def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+            model.graph.outputs[0].name = "other"
+            return Outcome()
+
+    result = _optimize(tiny, [Rename()])
+    assert [o.name for o in result.proto().graph.output] == ["y"]
+    assert "changes the outputs" in result.report.passes[0]["skipped"][0]["reason"]
+
+
+def test_a_frozen_batch_is_found_out(tiny: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Freeze(Pass):
+        """Right for one sample, wrong for two."""
+
+        name: ClassVar[str] = "freeze"
+        effect: ClassVar[Effect] = Effect.EXACT
+
+        def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+            flatten = next(node for node in model.graph if node.op_type == "Flatten")
+            shape = ir.Value(name="shape", const_value=ir.tensor(np.array([1, 4]), name="shape"))
+            model.graph.register_initializer(shape)
+            node = ir.node("Reshape", [flatten.inputs[0], shape], name="reshape")
+            node.outputs[0].name = "reshaped"
+            model.graph.insert_before(flatten, node)
+            flatten.outputs[0].replace_all_uses_with(node.outputs[0])
+            model.graph.remove(flatten, safe=True)
+            return Outcome()
+
+    result = _optimize(tiny, [Freeze()])
+    assert result.exit_code == 1
+    assert np.allclose(_answer(result.model), _answer(tiny), atol=1e-6)
+
+
+def test_a_lossy_pass_reports_its_fidelity(tiny: Path, samples: Maker) -> None:
+    result = _optimize(tiny, "scale(by=0.5)", calibration=samples(8))
+    assert result.exit_code == 0
+    assert [p["name"] for p in result.report.passes] == ["keep", "scale"]
+    assert result.report.passes[1]["stats"]["samples"] == 6, "a quarter is held out"
+    assert result.report.fidelity is not None
+    assert result.report.fidelity["held_out"]
+    assert result.report.fidelity["samples"] == 2
+    assert result.report.fidelity["outputs"][0]["relative_l2"] > 0.1
+
+
+def test_calibration_keeps_all_samples_when_others_judge(tiny: Path, samples: Maker) -> None:
+    result = _optimize(tiny, "scale", calibration=samples(8), evaluation=samples(5))
+    assert result.report.passes[1]["stats"]["samples"] == 8
+    assert result.report.fidelity is not None
+    assert (result.report.fidelity["samples"], result.report.fidelity["held_out"]) == (5, True)
+
+
+def test_a_pass_without_data_is_named(tiny: Path) -> None:
+    result = _optimize(tiny, "scale")
+    assert result.report.warnings[0] == "synthetic inputs: no calibration data for scale; give --calib"
+
+
+def test_a_budget_that_holds(tiny: Path, samples: Maker) -> None:
+    result = _optimize(tiny, "scale", calibration=samples(), evaluation=_labelled(tiny, samples), max_drop="60%")
+    assert result.exit_code == 0
+    metric = result.report.metric
+    assert metric is not None
+    assert (metric["name"], metric["before"], metric["max_drop"]) == ("top1", 1.0, 0.6)
+    assert metric["drop"] == pytest.approx(1 - metric["after"])
+
+
+def test_a_budget_that_is_missed_keeps_the_best_within_it(tiny: Path, samples: Maker) -> None:
+    result = _optimize(
+        tiny, "scale(by=-3.0),keep(level=2)", calibration=samples(), evaluation=_labelled(tiny, samples), max_drop="1%"
+    )
+    assert result.exit_code == 1
+    assert result.report.warnings[0].startswith("BUDGET MISSED: top1 drops by")
+    assert result.report.metric is not None
+    assert result.report.metric["after"] == 1.0
+    assert result.report.passes[2]["name"] == "keep"
+    assert _kept(result) == "keep,keep(level=2)"
+    assert np.allclose(_answer(result.model), _answer(tiny), atol=1e-6)
+
+
+def test_a_missed_budget_does_not_cost_the_other_passes(tiny: Path, samples: Maker) -> None:
+    result = _optimize(
+        tiny,
+        "scale(by=-3.0),scale(by=0.999)",
+        calibration=samples(),
+        evaluation=_labelled(tiny, samples),
+        max_drop="20%",
+    )
+    assert result.exit_code == 1
+    assert _kept(result) == "keep,scale(by=0.999)"
+
+
+def test_a_budget_without_labels_is_for_the_cosine(tiny: Path, samples: Maker) -> None:
+    x = {"x": samples(8)["x"]}
+    assert _optimize(tiny, "scale(by=0.999)", calibration=x, max_drop=0.01).exit_code == 0
+    result = _optimize(tiny, "scale(by=-3.0)", calibration=x, max_drop=0.01)
+    assert result.exit_code == 1
+    assert result.report.metric is not None
+    assert result.report.metric["name"] == "cosine"
+
+
+def test_a_metric_needs_its_labels(tiny: Path, samples: Maker) -> None:
+    for data in ({}, {"evaluation": {"x": samples()["x"]}}):
+        with pytest.raises(UsageError, match="has no array 'labels'"):
+            _optimize(tiny, "scale", metric="top1", **data)
+
+
+def test_a_nan_is_a_warning_of_a_lossy_result(tiny: Path, samples: Maker) -> None:
+    result = _optimize(tiny, "scale(by=1e38)", calibration=samples())
+    assert "NaN or infinite" in result.report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"calibration": {"z": np.zeros((2, 2))}}, DataError),
+        ({"calibration": {"x": np.zeros((2, 2, 8, 8))}}, DataError),
+        ({"calibration": "nowhere.npz"}, DataError),
+        ({"evaluation": {"x": np.zeros((2, 9, 8, 8), np.float32)}}, DataError),
+        ({"metric": "top2"}, UsageError),
+        ({"max_drop": "much"}, UsageError),
+        ({"target": "tpu"}, UsageError),
+        ({"shapes": {"q": [1]}}, UsageError),
+        ({"fix_shapes": {"x": [1, 2]}}, UsageError),
+        ({"text": "keep(level=-1)"}, UsageError),
+        ({"text": "last,scale"}, UsageError),
+    ],
+)
+def test_unusable_arguments(tiny: Path, options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        _optimize(tiny, **options)
+
+
+def test_shapes_are_for_measuring_and_fixed_shapes_for_good(tiny: Path) -> None:
+    measured = _optimize(tiny, shapes={"x": [4, 2, 8, 8]})
+    assert measured.report.environment["shapes"] == {"x": [4, 2, 8, 8]}
+    assert measured.report.after["macs"] == 4 * _optimize(tiny).report.after["macs"]
+    assert measured.proto().graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
+    fixed = _optimize(tiny, fix_shapes={"x": [4, 2, 8, 8]})
+    assert fixed.proto().graph.output[0].type.tensor_type.shape.dim[0].dim_value == 4
+    assert fixed.report.environment["shapes"] == {"x": [4, 2, 8, 8]}
+
+
+def _odd(op: str = "Own", domain: str = "own") -> onnx.ModelProto:
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x"], ["y"], domain=domain)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def test_a_model_that_cannot_run_here_is_left_unverified_and_said() -> None:
+    result = _optimize(_odd())
+    assert result.exit_code == 0
+    assert result.report.warnings[0].startswith("NOT VERIFIED")
+    assert result.report.fidelity is None
+    with pytest.raises(ModelError, match="cannot load it"):
+        _optimize(_odd(), "scale")
+    with pytest.raises(ModelError, match="cannot load it"):
+        _optimize(_odd(), "keep", calibration=[{"x": np.zeros(1, np.float32)}])
+
+
+def test_inputs_that_are_no_tensors() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (seq(float[2]) s) => (float[n] y) { y = ConcatFromSequence<axis = 0>(s) }
+    """)
+    assert "NOT VERIFIED" in _optimize(proto).report.warnings[0]
+    with pytest.raises(DataError, match="not a tensor"):
+        _optimize(proto, calibration=[{}])
+
+
+def test_outputs_that_are_no_tensors() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[4, 2] x) => (seq(float[1, 2]) y) { y = SplitToSequence(x) }
+    """)
+    result = _optimize(proto)
+    assert result.exit_code == 0
+    assert result.report.fidelity is not None
+    assert len(result.report.fidelity["outputs"]) == 4
+
+
+def test_a_random_model_is_held_to_its_own_noise() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[4, 2] x) => (float[4, 2] y) { r = RandomNormalLike(x) y = Add(x, r) }
+    """)
+    result = _optimize(proto)
+    assert result.exit_code == 0
+    assert any("does not repeat itself" in line for line in result.report.warnings)
+
+
+def test_latency_is_measured_against_the_file(tiny: Path) -> None:
+    result = _optimize(tiny, bench=True, bench_seconds=0.1)
+    (entry,) = result.report.bench
+    assert entry["ep"] == "cpu"
+    assert entry["interval"][0] <= entry["speedup"] <= entry["interval"][1]
+    assert json.loads(result.report.to_json())["bench"][0]["latency_ms"]["median"] > 0
+
+
+def test_a_lossless_pass_that_makes_it_slower_is_dropped(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Slow(Pass):
+        """Changes a name, and a counterfeit clock finds the result slow."""
+
+        name: ClassVar[str] = "slow"
+        effect: ClassVar[Effect] = Effect.ROUNDING
+
+        def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+            model.metadata_props["slow"] = "yes"
+            return Outcome()
+
+    def fake(runners: Any, feeds: Any, **_: Any) -> runtime.Comparison:
+        speeds = [0.5 if r.session.get_modelmeta().custom_metadata_map.get("slow") else 1.0 for r in runners]
+        latency = [runtime.Latency(1 / s, 1 / s, 1 / s, 9) for s in speeds]
+        return runtime.Comparison(latency, speeds, [(s * 0.99, s * 1.01) for s in speeds])
+
+    monkeypatch.setattr(runtime, "compare_latency", fake)
+    keep, again = pipeline.parse("keep,keep(level=2)")
+    result = _optimize(tiny, [keep, Slow(), again], bench=True)
+    assert "slow was dropped: it made the model slower (0.50x)" in "\n".join(result.report.warnings)
+    assert [p["name"] for p in result.report.passes] == ["keep", "keep"]
+    assert "slow" not in result.model.metadata_props
+    assert result.report.bench[0]["speedup"] == 1.0
+
+
+def test_progress_is_shown(tiny: Path) -> None:
+    labels: list[str] = []
+
+    class Recorder:
+        def track(self, items: Any, *, total: int | None = None, label: str = "") -> Any:
+            labels.append(label)
+            yield from items
+
+    _optimize(tiny, progress=Recorder())
+    assert {"passes", "evaluate"} <= set(labels)
+
+
+def test_the_demo_model_in_every_form(cnn: dict[str, str]) -> None:
+    proto = onnx.load(cnn["model"])
+    results = [_optimize(form) for form in (cnn["model"], proto, proto.SerializeToString(), ir.from_proto(proto))]
+    assert len({model_io.to_bytes(r.model) for r in results}) == 1
+    assert len({json.dumps(r.report.fidelity) for r in results}) == 1
+
+
+def test_check_samples_add_a_batch_only_where_it_runs(tiny: Path, samples: Maker) -> None:
+    model = model_io.load(tiny)
+    from onnxslim.data import input_specs, open_data
+
+    data = open_data({"x": samples(6)["x"]}, input_specs(model))
+    shapes = [s["x"].shape[0] for s in checks.check_samples(runtime.load(tiny), data, 3)]
+    assert shapes == [1, 1, 1, 2]
+
+
+def test_weights_of_the_given_model_are_not_touched(proto: onnx.ModelProto, samples: Maker) -> None:
+    model = ir.from_proto(proto)
+    before = {n: np.array(v.const_value) for n, v in model.graph.initializers.items()}
+    _optimize(model, "scale(by=0.5)", calibration=samples())
+    assert all(np.array_equal(before[n], np.array(v.const_value)) for n, v in model.graph.initializers.items())
+    copy = model_io.load(model)
+    weight = copy.graph.initializers["w1"]
+    array = constant(weight)
+    assert array is not None
+    set_constant(weight, array * 2)
+    assert np.array_equal(before["w1"], np.array(model.graph.initializers["w1"].const_value))
