@@ -180,10 +180,10 @@ def _show(json_text: str, table: Any, json_to: str | None) -> None:
 @_JSON
 def inspect(model: Path, nodes: bool, shapes: dict[str, list[int]], json_to: str | None) -> None:
     """Inputs, outputs, parameters, MACs and bytes of a model."""
-    from onnxslim import views
+    from onnxslim import pages
 
-    facts = views.inspect(model, shapes)
-    _show(views.to_json(facts), views.inspect_table(facts, nodes), json_to)
+    facts = pages.inspect(model, shapes)
+    _show(pages.to_json(facts), pages.inspect_table(facts, nodes), json_to)
 
 
 @cli.command()
@@ -208,11 +208,11 @@ def compare(
     json_to: str | None,
 ) -> int:
     """How far the outputs of OTHER are from those of ORIGINAL."""
-    from onnxslim import views
+    from onnxslim import pages
     from onnxslim.console import Bars
 
-    facts = views.compare(original, other, data, metric, shapes, threads=threads, seed=seed, progress=Bars())
-    _show(views.to_json(facts), views.compare_table(facts), json_to)
+    facts = pages.compare(original, other, data, metric, shapes, threads=threads, seed=seed, progress=Bars())
+    _show(pages.to_json(facts), pages.compare_table(facts), json_to)
     for line in facts["warnings"]:
         message(f"onnxslim: {line}")
     too_far = max_error is not None and facts["fidelity"]["relative_l2"] > max_error
@@ -241,30 +241,30 @@ def bench(
     json_to: str | None,
 ) -> None:
     """Latency of models, measured in turn, and their speed over the first."""
-    from onnxslim import views
+    from onnxslim import pages
 
     eps = [name.strip() for name in ep.split(",")]
-    facts = views.bench(models, eps, data, shapes, seconds=seconds, threads=threads, seed=seed)
-    _show(views.to_json(facts), views.bench_table(facts), json_to)
+    facts = pages.bench(models, eps, data, shapes, seconds=seconds, threads=threads, seed=seed)
+    _show(pages.to_json(facts), pages.bench_table(facts), json_to)
 
 
 @cli.command()
 @click.argument("name", required=False)
 def passes(name: str | None) -> None:
     """The passes there are; with NAME what one does and its options."""
-    from onnxslim import views
+    from onnxslim import pages
 
-    out().print(views.pass_page(name) if name else views.pass_list())
+    out().print(pages.pass_page(name) if name else pages.pass_list())
 
 
 @cli.command()
 @_JSON
 def doctor(json_to: str | None) -> None:
     """What is installed, which execution providers run a model here, and what the CPU can do."""
-    from onnxslim import views
+    from onnxslim import pages
 
-    facts = views.doctor()
-    _show(views.to_json(facts), views.doctor_table(facts), json_to)
+    facts = pages.doctor()
+    _show(pages.to_json(facts), pages.doctor_table(facts), json_to)
 
 
 def main(args: list[str] | None = None) -> None:
