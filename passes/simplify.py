@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim.branches import inline_constant_if
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.folding import fold_constants
 from onnxslim.graph import add_constant, is_constant, replace, subgraphs
@@ -17,7 +18,8 @@ from onnxslim.liveness import remove_unread
 from onnxslim.noops import unchanged
 from onnxslim.shapes import Shapes
 from onnxslim.sharing import deduplicate_initializers, merge_equal_nodes
-from onnxslim.views import merge_casts, merge_views, settle_target
+from onnxslim.sizes import Rebuilder
+from onnxslim.views import drop_expand, merge_casts, merge_views, settle_target
 
 # Sweeps after which a graph that still changes is left as it is; each is linear in the nodes, and real models take
 # three to five.
@@ -69,6 +71,7 @@ class _Run:
         self.skipped = folding.skipped
         dead, outputs = remove_unread(self.model)
         self.stats["dead_outputs"] += outputs
+        self.stats["sizes_rebuilt"] += Rebuilder(self.model, shapes).run()
         for value, (kind, shape) in zip(self.model.graph.outputs, signature, strict=True):
             value.type, value.shape = kind, shape
         return self.stats.total() - before + dead
@@ -83,8 +86,12 @@ class _Run:
             if source is not None and self._substitute(node.outputs[0], source):
                 self.stats["no_ops"] += 1
                 continue
+            if inline_constant_if(node, self.model.graph):
+                self.stats["ifs_inlined"] += 1
+                continue
             for value in node.outputs:
                 self._compute(value, shapes, equal)
+            self.stats["expands_dropped"] += drop_expand(node, shapes)
             self.stats["targets_settled"] += settle_target(node, shapes, self.model.graph)
             self.stats["views_merged"] += merge_views(node, shapes, self.model.graph)
             self.stats["casts_merged"] += merge_casts(node)
