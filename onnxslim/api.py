@@ -209,6 +209,7 @@ class _Run:
         self.max_drop = max_drop
         self.bench_seconds = bench_seconds if runner is not None else 0.0
         self.repro: Path | None = None
+        self.crashed = ""
         self.bench: list[dict[str, Any]] = []
         self.checks = self._checks()
 
@@ -368,6 +369,8 @@ class _Run:
             lines.append(
                 f"BUDGET MISSED: {'; '.join(self.checks.missed)}; the result is the best model found within the budget"
             )
+        if self.repro is not None:
+            lines.append(f"INTERNAL ERROR: {self.crashed}; please report it with the folder {self.repro}")
         if self.checks.failed:
             lines.append(f"CHECK FAILED: {'; '.join(self.checks.failed)}; the pass was undone")
         if self.samples.synthetic:
@@ -380,7 +383,7 @@ class _Run:
 
     def _reproduce(self, model: ir.Model, item: Pass, error: Exception) -> None:
         self.repro = repro.leave(error, model=model, pipeline=str(item))
-        self.ctx.warnings.append(f"{item} crashed; {self.repro} holds what is needed to reproduce it")
+        self.crashed = f"{item.name} crashed ({type(error).__name__}: {error}) and was undone"
 
 
 def _figures(model: ir.Model, size: int, feed: Any, ctx: Context, which: str) -> dict[str, int]:

@@ -89,6 +89,8 @@ def load(
             content, name = source, "the given bytes"
         elif not isinstance(source, ir.Model):
             content, name = os.fspath(source), os.fspath(source)
+            if not Path(content).is_file():
+                raise ModelError(f"{name}: no such file")
         elif model_io.weight_bytes(source) < IN_MEMORY:
             content, name = model_io.to_bytes(source), source.graph.name or "the model"
         else:

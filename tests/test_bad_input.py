@@ -1,0 +1,232 @@
+"""Whatever is wrong with the input: one clear line on stderr, exit code 2, no output file, the input as it was."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from onnxslim import cli
+
+GOOD = np.zeros((4, 2, 8, 8), np.float32)
+
+
+def _run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(args))
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def _fails(capsys: pytest.CaptureFixture[str], folder: Path, *args: str) -> str:
+    """The one line on stderr of a command that must refuse its input and leave the folder as it was."""
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    code, out, err = _run(capsys, *args)
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("onnxslim: ")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    return err
+
+
+def _models(proto: onnx.ModelProto, folder: Path) -> dict[str, str]:
+    """Broken models by file name, with what the error must say."""
+    content = proto.SerializeToString()
+
+    def edited(**changes: Any) -> onnx.ModelProto:
+        copy = onnx.ModelProto.FromString(content)
+        for name in changes:
+            copy.ClearField(name)
+        return copy
+
+    old, new, outside, dangling, short, type_error = (onnx.ModelProto.FromString(content) for _ in range(6))
+    old.opset_import[0].version, new.opset_import[0].version = -3, 999
+    for model, location in ((outside, "../secret.bin"), (dangling, "gone.bin"), (short, "short.bin")):
+        tensor = model.graph.initializer[0]
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+    type_error.graph.node[1].op_type = "Not"
+    (folder / "short.bin").write_bytes(bytes(8))
+    (folder.parent / "secret.bin").write_bytes(bytes(4096))
+    files = {
+        "empty.onnx": b"",
+        "truncated.onnx": content[:-100],
+        "text.onnx": b"# not a model\n" * 30,
+        "pickle.onnx": pickle.dumps({"a": 1}),
+        "image.onnx": b"\x89PNG\r\n\x1a\n" + bytes(64),
+        "no_graph.onnx": edited(graph=None).SerializeToString(),
+        "no_opset.onnx": edited(opset_import=None).SerializeToString(),
+        "old.onnx": old.SerializeToString(),
+        "new.onnx": new.SerializeToString(),
+        "outside.onnx": outside.SerializeToString(),
+        "dangling.onnx": dangling.SerializeToString(),
+        "short.onnx": short.SerializeToString(),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return {
+        "empty.onnx": "is empty",
+        "truncated.onnx": "truncated",
+        "text.onnx": "not an ONNX",
+        "pickle.onnx": "not an ONNX",
+        "image.onnx": "not an ONNX",
+        "no_graph.onnx": "no graph",
+        "no_opset.onnx": "imports no opset",
+        "old.onnx": "uses opset -3",
+        "new.onnx": "uses opset 999",
+        "outside.onnx": "outside the folder",
+        "dangling.onnx": "'gone.bin' of 'w1' does not exist",
+        "short.onnx": "truncated",
+        "missing.onnx": "no such file",
+        ".": "is a folder",
+    }
+
+
+def test_broken_models(proto: onnx.ModelProto, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    out = str(folder / "out.onnx")
+    for name, message in _models(proto, folder).items():
+        assert message in _fails(capsys, folder, str(folder / name), out), name
+        assert message in _fails(capsys, folder, "inspect", str(folder / name)).replace("No such", "no such"), name
+
+
+def _data(folder: Path) -> dict[str, str]:
+    """Unusable calibration data by file name, with what the error must say."""
+    arrays: dict[str, dict[str, Any]] = {
+        "name.npz": {"y": GOOD},
+        "type.npz": {"x": GOOD.astype(np.float64)},
+        "shape.npz": {"x": GOOD[:, :1]},
+        "rank.npz": {"x": GOOD[:, 0]},
+        "empty.npz": {"x": GOOD[:0]},
+        "counts.npz": {"x": GOOD, "labels": np.zeros(3, np.int64)},
+        "pickled.npz": {"x": np.array([{}, {}], dtype=object)},
+    }
+    for name, content in arrays.items():
+        np.savez(folder / name, **content)
+    (folder / "pickle.npz").write_bytes(pickle.dumps(GOOD))
+    (folder / "unreadable.npz").write_bytes(b"PK\x03\x04 and nothing more")
+    (folder / "npy.npz").write_bytes(b"\x93NUMPY\x01\x00 broken")
+    return {
+        "name.npz": "no array named 'x'",
+        "type.npz": "array 'x' is float64, the model needs float32",
+        "shape.npz": "has shape [1, 1, 8, 8], the model needs ['any', 2, 8, 8]",
+        "rank.npz": "has shape [1, 8, 8]",
+        "empty.npz": "holds no sample",
+        "counts.npz": "disagree on the number of samples",
+        "pickled.npz": "not a readable .npz file",
+        "pickle.npz": "not a readable .npz file",
+        "unreadable.npz": "not a readable .npz file",
+        "npy.npz": "not a readable .npz file",
+        "missing.npz": "no such file",
+        "no.module:load": "cannot import",
+        "os:stat": "raised TypeError",
+    }
+
+
+@pytest.mark.parametrize("option", ["--calib", "--eval"])
+def test_unusable_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, message in _data(folder).items():
+        where = name if ":" in name else str(folder / name)
+        assert message in _fails(capsys, tmp_path, str(tiny), str(tmp_path / "out.onnx"), option, where), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--passes", "prunne"], "did you mean 'prune'"),
+        (["--passes", ""], "an empty item"),
+        (["--passes", "prune(ratio=0.5"], "unclosed"),
+        (["--passes", "prune(ratio=lots)"], "ratio"),
+        (["--passes", "prune(ratio=7)"], "ratio"),
+        (["--passes", "simplify(unknown=1)"], "unknown option 'unknown'"),
+        (["--passes", "int8,prune"], "prune must come before int8"),
+        (["--metric", "top2"], "unknown metric 'top2'"),
+        (["--metric", "top1"], "has no array 'labels'"),
+        (["--max-drop", "little"], "max drop"),
+        (["--target", "tpu"], "unknown target"),
+        (["--shape", "x"], "give NAME=1,3,224,224"),
+        (["--shape", "x=1,two"], "give NAME=1,3,224,224"),
+        (["--shape", "x=1,2,8"], "does not fit"),
+        (["--shape", "z=1,2,8,8"], "no input 'z'"),
+        (["--fix-shape", "x=1,3,8,8"], "does not fit"),
+        (["--threads", "-1"], "--threads"),
+        (["--seed", "x"], "--seed"),
+        (["--no-such-option"], "--no-such-option"),
+        (["one", "more"], "unexpected extra argument"),
+    ],
+)
+def test_bad_usage(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert message in _fails(capsys, tmp_path, str(tiny), str(tmp_path / "out.onnx"), *options)
+
+
+def test_the_output_must_be_another_file_in_a_folder(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.onnx").symlink_to(tiny)
+    (tmp_path / "folder").mkdir()
+    for out in (str(tiny), "tiny.onnx", "./folder/../tiny.onnx", "link.onnx"):
+        assert "is the input, which is never touched" in _fails(capsys, tmp_path, str(tiny), out)
+    assert "is the input" in _fails(capsys, tmp_path, str(tiny), "out.onnx", "--json", str(tiny))
+    assert "is a folder" in _fails(capsys, tmp_path, str(tiny), "folder")
+    assert "does not exist" in _fails(capsys, tmp_path, str(tiny), "nowhere/out.onnx")
+    assert "Missing argument" in _fails(capsys, tmp_path, str(tiny))
+
+
+def test_other_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such file" in _fails(capsys, tmp_path, "compare", str(tiny), "missing.onnx").lower()
+    assert "unknown execution provider" in _fails(capsys, tmp_path, "bench", str(tiny), "--ep", "tpu")
+    assert "unknown pass" in _fails(capsys, tmp_path, "passes", "nothing")
+    assert "no input" in _fails(capsys, tmp_path, "inspect", str(tiny), "--shape", "z=1")
+    other = helper.make_graph(
+        [helper.make_node("Relu", ["z"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    path = tmp_path / "other.onnx"
+    onnx.save(helper.make_model(other, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    assert "has the inputs ['z']" in _fails(capsys, tmp_path, "compare", str(tiny), str(path))
+    assert "has the inputs ['z']" in _fails(capsys, tmp_path, "bench", str(tiny), str(path))
+
+
+def test_models_that_the_runtime_refuses_are_bad_input_once_data_is_given(
+    proto: onnx.ModelProto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto.graph.node[1].op_type, proto.graph.node[1].domain = "Own", "own"
+    proto.opset_import.append(helper.make_opsetid("own", 1))
+    path = tmp_path / "own.onnx"
+    onnx.save(proto, path)
+    np.savez(tmp_path / "x.npz", x=GOOD)
+    assert "cannot load it" in _fails(capsys, tmp_path, str(path), "out.onnx", "--calib", str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "pickled data", "unknown pass"])
+def test_a_real_process_says_it_in_one_line(proto: onnx.ModelProto, tmp_path: Path, kind: str) -> None:
+    content = proto.SerializeToString()
+    (tmp_path / "in.onnx").write_bytes(content[:-50] if kind == "truncated" else content)
+    np.savez(tmp_path / "x.npz", x=np.array([{}], dtype=object) if kind == "pickled data" else GOOD)
+    options = ["--passes", "nothing"] if kind == "unknown pass" else ["--calib", "x.npz"]
+    command = [sys.executable, "-m", "onnxslim", "in.onnx", "out.onnx", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("onnxslim: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out.onnx").exists()
+    assert not (tmp_path / "repro").exists()
