@@ -23,12 +23,17 @@ from onnxslim.shapes import Shapes
 
 # Intermediate results larger than this are not computed, whatever they end in.
 MAX_BYTES = 1 << 28
-# Each attempt takes one layer of operators that ONNX Runtime does not have off the constants.
-MAX_ATTEMPTS = 20
+# Each attempt finds one more node per component that ONNX Runtime cannot compute.
+MAX_ATTEMPTS = 50
 # What a node costs in the file besides its names: tags, lengths, operator, the declared type of its output.
 NODE_BYTES = 48
 # Small weights travel inside the serialized model, larger ones are fed without a copy.
 FED_BYTES = 1024
+# Types that ONNX Runtime's Python interface returns as arrays.
+_RETURNED = frozenset(
+    getattr(ir.DataType, name)
+    for name in "BOOL DOUBLE FLOAT FLOAT16 INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64".split()  # noqa: SIM905
+)
 # Operators that pick some of their input's elements: the size of the result depends on the data, but has a bound.
 _SELECTIONS = frozenset({"Compress", "NonZero", "Unique"})
 # Quantization that a reader of the file should see: a folded DequantizeLinear is a float weight again.
@@ -78,7 +83,7 @@ def fold_constants(model: ir.Model, shapes: Shapes, failed: dict[str, Skip] | No
 def tensor_bytes(value: ir.Value, shapes: Shapes) -> float:
     """Bytes of ``value`` in memory, at most; infinite when nothing bounds them."""
     shape = shapes.static(value)
-    if not isinstance(value.type, ir.TensorType) or value.dtype in (None, ir.DataType.STRING):
+    if not isinstance(value.type, ir.TensorType) or value.dtype is None or value.dtype not in _RETURNED:
         return math.inf
     if shape is not None:
         return math.prod(shape) * value.dtype.itemsize
@@ -118,7 +123,7 @@ def _constant_nodes(graph: ir.Graph, shapes: Shapes, failed: dict[str, Skip]) ->
 
 
 def _components(nodes: dict[ir.Node, None]) -> list[_Component]:
-    """Weakly connected parts of the graph of constant nodes (two nodes that read one weight belong together)."""
+    """Weakly connected parts of the graph of constant nodes; nodes that read one large weight belong together."""
     parent: dict[object, object] = {}
 
     def root(item: object) -> object:
@@ -129,8 +134,9 @@ def _components(nodes: dict[ir.Node, None]) -> list[_Component]:
 
     for node in nodes:
         for value in node.inputs:
-            if value is not None:
-                parent[root(value.producer() or value)] = root(node)
+            if value is None or (is_constant(value) and value.const_value.nbytes <= FED_BYTES):  # type: ignore[union-attr]
+                continue
+            parent[root(value.producer() or value)] = root(node)
     groups: dict[object, list[ir.Node]] = {}
     for node in nodes:
         groups.setdefault(root(node), []).append(node)
@@ -161,8 +167,8 @@ def _worthwhile(component: _Component, shapes: Shapes, result: Folding) -> list[
         if cost <= _freed(part.nodes) and identities <= len(part.nodes):
             accepted.append(part)
             continue
-        # The largest result stays a computation, and what follows from it; what leads to it may still be folded.
-        largest = max(part.stored, key=lambda v: tensor_bytes(v, shapes))
+        # What grows most stays a computation, and what follows from it; what leads to it may still be folded.
+        largest = max(part.stored, key=lambda v: (_growth(v, shapes), tensor_bytes(v, shapes)))
         result.skipped.append(Skip(largest.name or "", _reason(largest, shapes)))
         rest: dict[ir.Node, None] = {}
         for node in part.nodes:
@@ -171,6 +177,14 @@ def _worthwhile(component: _Component, shapes: Shapes, result: Folding) -> list[
                 rest[node] = None
         waiting.extend(_components(rest))
     return accepted
+
+
+def _growth(value: ir.Value, shapes: Shapes) -> float:
+    """Bytes by which ``value`` exceeds what its node reads, or 0."""
+    producer = value.producer()
+    assert producer is not None
+    read = sum(tensor_bytes(v, shapes) for v in dict.fromkeys(producer.inputs) if v is not None)
+    return max(0.0, tensor_bytes(value, shapes) - read) if math.isfinite(read) else 0.0
 
 
 def _reason(value: ir.Value, shapes: Shapes) -> str:
@@ -195,7 +209,7 @@ def _freed(nodes: Iterable[ir.Node]) -> int:
 def _evaluate(
     model: ir.Model, components: list[_Component], failed: dict[str, Skip]
 ) -> list[tuple[_Component, list[np.ndarray]]]:
-    """Values of all components; one that ONNX Runtime cannot compute is given up, the others are not lost with it."""
+    """Values of all components; where ONNX Runtime cannot compute one, the node at fault is added to ``failed``."""
     if not components:
         return []
     try:
@@ -204,16 +218,26 @@ def _evaluate(
     except ModelError as error:
         if len(components) > 1:
             half = len(components) // 2
-            return [pair for part in (components[:half], components[half:]) for pair in _evaluate(model, part, failed)]
-        nodes, stored = components[0].nodes, components[0].stored
-        if len(stored) > 1:
-            for value in stored:
-                _evaluate(model, [_Component(nodes, [value])], failed)
-        if len(stored) == 1 or not any(value.name in failed for value in stored):
-            for value in stored:
-                name = value.name or ""
-                failed[name] = Skip(name, f"constant, but not computed: {error}")
+            halves = (components[:half], components[half:])
+            return [pair for part in halves for pair in _evaluate(model, part, failed)]
+        for value in _culprit(model, components[0]).outputs:
+            failed[str(value.name)] = Skip(str(value.name), f"constant, but not computed: {error}")
         return []
+
+
+def _culprit(model: ir.Model, component: _Component) -> ir.Node:
+    """The first node that ONNX Runtime cannot compute, found by halving."""
+    nodes = component.nodes
+    good, bad = 0, len(nodes)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        wanted = [v for node in nodes[:middle] for v in node.outputs if v.dtype in _RETURNED and v.name]
+        try:
+            _compute(model, [_Component(nodes[:middle], wanted)])
+            good = middle
+        except ModelError:
+            bad = middle
+    return nodes[bad - 1]
 
 
 def _compute(model: ir.Model, components: list[_Component]) -> list[np.ndarray]:

@@ -16,9 +16,11 @@ from onnxslim.folding import fold_constants
 from onnxslim.graph import add_constant, is_constant, replace, subgraphs
 from onnxslim.liveness import remove_unread
 from onnxslim.noops import unchanged
+from onnxslim.pairs import merge_pair
 from onnxslim.shapes import Shapes
 from onnxslim.sharing import deduplicate_initializers, merge_equal_nodes
 from onnxslim.sizes import Rebuilder
+from onnxslim.splits import split_slices
 from onnxslim.views import drop_expand, merge_casts, merge_views, settle_target
 
 # Sweeps after which a graph that still changes is left as it is; each is linear in the nodes, and real models take
@@ -72,6 +74,7 @@ class _Run:
         dead, outputs = remove_unread(self.model)
         self.stats["dead_outputs"] += outputs
         self.stats["sizes_rebuilt"] += Rebuilder(self.model, shapes).run()
+        self.stats["slices_split"] += split_slices(self.model, shapes)
         for value, (kind, shape) in zip(self.model.graph.outputs, signature, strict=True):
             value.type, value.shape = kind, shape
         return self.stats.total() - before + dead
@@ -95,6 +98,7 @@ class _Run:
             self.stats["targets_settled"] += settle_target(node, shapes, self.model.graph)
             self.stats["views_merged"] += merge_views(node, shapes, self.model.graph)
             self.stats["casts_merged"] += merge_casts(node)
+            self.stats["pairs_merged"] += merge_pair(node, shapes, self.model.graph)
 
     def _compute(self, value: ir.Value, shapes: Shapes, equal: ChainMap[Hashable, ir.Value]) -> None:
         """Replace a value whose content is known by a constant, or by an earlier value with the same content."""
