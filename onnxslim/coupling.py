@@ -26,7 +26,7 @@ Axes = list[Labels | None]  # one entry per axis; None: the axis cannot be cut
 Rule = Callable[["Coupling", ir.Node], None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """A contraction: ``node`` sums over axis ``axis`` of input ``data``.
 

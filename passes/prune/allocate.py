@@ -11,14 +11,14 @@ import numpy as np
 
 @dataclasses.dataclass
 class Candidate:
-    """A family of ``count`` units, ``error[m - 1]`` after its m cheapest have left, ``parameters`` saved by each unit.
+    """A family of ``count`` units: ``error[m - 1]`` after its m cheapest have left, ``gain`` for each that leaves.
 
     ``step``: the number of units that stay should be a multiple of it.
     """
 
     count: int
     error: np.ndarray
-    parameters: int
+    gain: float
     step: int
 
     def widths(self) -> list[int]:
@@ -38,40 +38,56 @@ def step_of(channels: int, units: int) -> int:
 
 
 def within(candidates: Sequence[Candidate], tolerance: float) -> list[int]:
-    """Units to remove per family so that no family's error passes ``tolerance``."""
-    return [max((m for m in c.widths() if c.error[m - 1] <= tolerance), default=0) for c in candidates]
+    """Units to remove per family so that the errors add up to at most ``tolerance``."""
+    return _cheapest(candidates, [c.widths() for c in candidates], tolerance, np.inf)
 
 
 def at_ratio(candidates: Sequence[Candidate], ratio: float) -> list[int]:
-    """Units to remove per family, saving what cutting ``ratio`` of every family would, where it costs least.
+    """Units to remove per family, gaining what cutting ``ratio`` of every family would, where it costs least.
 
-    The error is made as small as it gets by always taking the step with the least error per parameter; no family gives
-    up more than twice its share.
+    No family gives up more than twice its share.
     """
-    goal = sum(ratio * c.count * c.parameters for c in candidates)
-    removed = [0] * len(candidates)
+    goal = sum(ratio * c.count * c.gain for c in candidates)
     widths = [[m for m in c.widths() if m <= max(2 * ratio * c.count, 1)] for c in candidates]
+    return _cheapest(candidates, widths, np.inf, goal)
+
+
+def _cheapest(
+    candidates: Sequence[Candidate], widths: Sequence[Sequence[int]], tolerance: float, goal: float
+) -> list[int]:
+    """Always take the step with the least error per gain, until ``goal`` is gained or ``tolerance`` would be passed."""
+    removed = [0] * len(candidates)
     queue: list[tuple[float, int, int]] = []
 
     def offer(k: int) -> None:
-        """Queue the best next step of family k: the one with the least error per parameter, however long."""
+        """Queue the best next step of family k: the one with the least error per gain, however long."""
         c = candidates[k]
         ahead = [m for m in widths[k] if m > removed[k]]
         if ahead:
-            base = c.error[removed[k] - 1] if removed[k] else 0.0
-            price = [(c.error[m - 1] - base) / ((m - removed[k]) * max(c.parameters, 1)) for m in ahead]
+            price = [(_error(c, m) - _error(c, removed[k])) / ((m - removed[k]) * max(c.gain, 1e-30)) for m in ahead]
             best = int(np.argmin(price))
             heapq.heappush(queue, (price[best], k, ahead[best]))
 
     for k in range(len(candidates)):
         offer(k)
-    saved = 0.0
-    while queue and saved < goal:
+    gained = spent = 0.0
+    while queue and gained < goal:
         _, k, m = heapq.heappop(queue)
-        # The last step may be longer than what is still missing: stop where it is reached.
-        missing = (goal - saved) / max(candidates[k].parameters, 1)
-        m = min((w for w in widths[k] if w > removed[k] and w - removed[k] >= missing), default=m) if missing < m else m
-        saved += (m - removed[k]) * candidates[k].parameters
+        c = candidates[k]
+        # A step may be longer than what is still missing, or than what is still allowed: take the part that fits.
+        fitting = [w for w in widths[k] if removed[k] < w <= m]
+        enough = [w for w in fitting if gained + (w - removed[k]) * c.gain >= goal]
+        m = min(enough, default=m)
+        allowed = [w for w in fitting if w <= m and spent + _error(c, w) - _error(c, removed[k]) <= tolerance]
+        if not allowed:
+            continue
+        m = max(allowed)
+        gained += (m - removed[k]) * c.gain
+        spent += _error(c, m) - _error(c, removed[k])
         removed[k] = m
         offer(k)
     return removed
+
+
+def _error(candidate: Candidate, m: int) -> float:
+    return float(candidate.error[m - 1]) if m else 0.0

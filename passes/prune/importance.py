@@ -36,12 +36,11 @@ class Order:
     error: np.ndarray
 
 
-def order(contributions: list[Contribution], count: int, *, limit: int, tolerance: float = np.inf) -> Order:
+def order(contributions: list[Contribution], count: int, *, limit: int) -> Order:
     """The order in which ``count`` units should leave all ``contributions`` at once.
 
     The error is the sum over contributions of the squared error over the squared output. At most ``limit`` units are
-    judged, and none after the error has passed ``tolerance``. Units leave in steps of about 1 % of ``count``, so
-    that the work is made of matrix products.
+    judged. Units leave in steps of about 1 % of ``count``, so that the work is made of matrix products.
     """
     states = [_State(c, count) for c in contributions if c.moments.size and np.trace(c.moments) > 0]
     step = max(1, count // 100)
@@ -49,7 +48,7 @@ def order(contributions: list[Contribution], count: int, *, limit: int, toleranc
     units: list[int] = []
     errors: list[float] = []
     total = 0.0
-    while len(units) < min(limit, count - 1) and total <= tolerance:
+    while len(units) < min(limit, count - 1):
         scores = np.where(alive, sum((s.scores for s in states), np.zeros(count)), np.inf)
         leaving = np.argsort(scores, kind="stable")[: min(step, limit - len(units), count - 1 - len(units))]
         cost = sum(state.remove(leaving) for state in states)

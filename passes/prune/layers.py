@@ -49,13 +49,39 @@ class Layer:
 
     def rows(self, x: np.ndarray, limit: int, seed: int) -> np.ndarray:
         """At most ``limit`` observations from one value of the input, (n, columns); the same ones for the same seed."""
-        rng = np.random.default_rng(seed)
         if self.site.node.op_type == "Conv" and not self.shared:
-            return _patches(x, self.site.node, limit, rng)
+            return _patches(x, self.site.node, limit, seed)
         flat = np.moveaxis(x, self.site.axis, -1).reshape(-1, self.channels)
-        if len(flat) > limit:
-            flat = flat[np.sort(rng.choice(len(flat), limit, replace=False))]
-        return flat
+        return flat[_chosen(len(flat), limit, seed)]
+
+    def output_rows(self, y: np.ndarray, limit: int, seed: int) -> np.ndarray:
+        """The values (n, out) of a tensor shaped like the output that belong to the observations of `rows`."""
+        flat = np.moveaxis(y, 1, -1) if self.site.node.op_type == "Conv" else y
+        flat = flat.reshape(-1, flat.shape[-1])
+        return flat[_chosen(len(flat), limit, seed)]
+
+    def residual(self) -> str | None:
+        """Name of the value that is added to this layer's output and was computed before it, or None.
+
+        What is wrong with that value can be put right by this layer, since only the sum is read.
+        """
+        node = self.site.node
+        seen = {node.outputs[0]}
+        output = node.outputs[0]
+        for _ in range(2):  # past the bias of a MatMul
+            user = only_user(output)
+            if user is None or not is_op(user, "Add"):
+                return None
+            other = user.inputs[1] if user.inputs[0] in seen else user.inputs[0]
+            if other is None:
+                return None
+            if not is_constant(other):
+                producer = other.producer()
+                before = producer is not None and producer.graph is node.graph and _precedes(producer, node)
+                return other.name if before and other.shape == user.outputs[0].shape else None
+            output = user.outputs[0]
+            seen.add(output)
+        return None
 
     def matrix(self, model: ir.Model) -> np.ndarray:
         """The weight as (out, channels * taps), float64."""
@@ -133,7 +159,26 @@ def layer(site: Site) -> Layer | None:
     return Layer(site, taps, shared=taps > 1 and shape[1] * taps > MAX_COLUMNS)
 
 
-def _patches(x: np.ndarray, node: ir.Node, limit: int, rng: np.random.Generator) -> np.ndarray:
+def _chosen(count: int, limit: int, seed: int) -> np.ndarray:
+    """At most ``limit`` of ``count`` positions, ascending; the same ones for the same seed."""
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
+
+
+def _precedes(first: ir.Node, second: ir.Node) -> bool:
+    """True when ``first`` stands before ``second`` in their graph."""
+    graph = first.graph
+    assert graph is not None
+    for node in graph:
+        if node is first:
+            return True
+        if node is second:
+            return False
+    return False
+
+
+def _patches(x: np.ndarray, node: ir.Node, limit: int, seed: int) -> np.ndarray:
     """(n, channels * taps): the inputs under the kernel at sampled output positions of a convolution."""
     spatial = x.ndim - 2
     weight = node.inputs[1]
@@ -149,8 +194,7 @@ def _patches(x: np.ndarray, node: ir.Node, limit: int, rng: np.random.Generator)
     taps = tuple(slice(None, None, d) for d in dilations)
     windows = np.moveaxis(windows[(slice(None), slice(None), *step, *taps)], 1, 1 + spatial)
     positions = windows.shape[: 1 + spatial]
-    count = int(np.prod(positions, dtype=np.int64))
-    chosen = np.arange(count) if count <= limit else np.sort(rng.choice(count, limit, replace=False))
+    chosen = _chosen(int(np.prod(positions, dtype=np.int64)), limit, seed)
     return windows[np.unravel_index(chosen, positions)].reshape(len(chosen), -1)
 
 

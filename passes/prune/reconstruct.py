@@ -1,13 +1,14 @@
 """Refit what is left: every linear layer is asked to give the original outputs from the inputs it now gets.
 
-With x the original observation of a layer, z the one in the pruned network (K: the columns that stay), both centred:
+With t the output that a layer should give and z the observation it now gets (K: the columns that stay), both centred:
 
-    min over V of E|M x - V z_K|² + λ|V - M_K|²
-    V = (M E[x z_Kᵀ] + λ M_K)(E[z_K z_Kᵀ] + λI)⁻¹,   b' = b + M x̄ - V z̄_K
+    min over V of E|t - V z_K|² + λ|V - M_K|²
+    V = (E[t z_Kᵀ] + λ M_K)(E[z_K z_Kᵀ] + λI)⁻¹,   b' = b + t̄ - V z̄_K
 
-Layers are refitted in the order of the graph, so that each corrects what the ones before it could not (channel pruning
-by least squares: He et al., arXiv:1707.06168). Nothing is cut here: removed columns become 0, which is the same
-function.
+t is what the original layer gave, M x; where the output is added to a value computed before (a residual stream), t also
+makes up for what that value has lost. Layers are refitted in the order of the graph, so that each corrects what the
+ones before it could not (channel pruning by least squares: He et al., arXiv:1707.06168). Nothing is cut here: removed
+columns become 0, which is the same function.
 """
 
 from __future__ import annotations
@@ -54,17 +55,25 @@ def refit(
         removed: bool per channel of a layer.
     """
     changed = 0
-    for turn in ctx.progress.track(_turns(layers), label="reconstruct"):
-        pairs = [Moments() for _ in turn]
-        names = [layer.data for layer in turn]
+    turns = _turns(layers)
+    for turn in ctx.progress.track(turns, total=len(turns), label="reconstruct"):
+        moments = [Moments() for _ in turn]
+        matrices = [layer.matrix(original) for layer in turn]
+        residuals = [layer.residual() if not layer.shared else None for layer in turn]
+        names = [layer.data for layer in turn] + [name for name in residuals if name]
         before = runtime.tap(original, names, data.feeds(), threads=ctx.threads)
         after = runtime.tap(pruned, names, data.feeds(), threads=ctx.threads)
         for k, (x, z) in enumerate(zip(before, after, strict=True)):
-            for layer, pair in zip(turn, pairs, strict=True):
+            for layer, sums, matrix, residual in zip(turn, moments, matrices, residuals, strict=True):
                 limit = max(-(-options.rows * layer.columns // len(data)), 32)
-                pair.add(layer.rows(z[layer.data], limit, k), layer.rows(x[layer.data], limit, k))
-        for layer, pair in zip(turn, pairs, strict=True):
-            changed += _solve(original, pruned, layer, pair, removed(layer), options)
+                target = layer.rows(x[layer.data], limit, k)
+                if not layer.shared:
+                    target = target @ matrix.T.astype(np.float32)
+                if residual:
+                    target = target + layer.output_rows(x[residual] - z[residual], limit, k)
+                sums.add(layer.rows(z[layer.data], limit, k), target)
+        for layer, sums in zip(turn, moments, strict=True):
+            changed += _solve(original, pruned, layer, sums, removed(layer), options)
     return changed
 
 
@@ -84,36 +93,35 @@ def _turns(layers: Sequence[Layer]) -> list[list[Layer]]:
 
 
 def _solve(
-    original: ir.Model, pruned: ir.Model, layer: Layer, pair: Moments, removed: np.ndarray, options: Options
+    original: ir.Model, pruned: ir.Model, layer: Layer, moments: Moments, removed: np.ndarray, options: Options
 ) -> bool:
     keep = ~removed[layer.channel]
-    if pair.empty or not keep.any():
+    if moments.empty or not keep.any():
         return False
     bias = layer.bias(pruned)
+    matrix = layer.matrix(original)
     if bias is not None:
-        x, z, xz, zz = pair.mean("x"), pair.mean("z"), pair.covariance("xz"), pair.covariance("zz")
+        t, z, tz, zz = moments.mean("x"), moments.mean("z"), moments.covariance("xz"), moments.covariance("zz")
     else:
-        x = z = np.zeros(layer.columns)
-        xz, zz = pair.second("xz"), pair.second("zz")
-    zz, n = zz[np.ix_(keep, keep)], max(pair.count, 1)
+        t, z, tz, zz = np.zeros(1), np.zeros(layer.columns), moments.second("xz"), moments.second("zz")
+    zz, n = zz[np.ix_(keep, keep)], max(moments.count, 1)
     # Fewer observations than unknowns: lean on the old weights the more.
     scale = options.ridge * max(1.0, 4 * len(zz) / n) * max(float(np.mean(np.diag(zz))), 1e-12)
     damped = zz + scale * np.eye(len(zz))
-    matrix = layer.matrix(original)
     fitted = np.zeros_like(matrix)
     if layer.shared:
-        # x ≈ T z_K for every tap: the same prior (keep what is kept), the same normal equations.
+        # Here t is the original x itself, and V mixes channels: x ≈ V z_K, the same for every tap.
         prior = np.eye(layer.channels)[:, keep]
-        mixing = np.linalg.solve(damped, (xz[:, keep] + scale * prior).T).T
+        mixing = np.linalg.solve(damped, (tz[:, keep] + scale * prior).T).T
         taps = matrix.reshape(len(matrix), layer.channels, layer.taps)
         new = np.zeros_like(taps)
         new[:, keep] = np.einsum("oct,ck->okt", taps, mixing)
         fitted = new.reshape(matrix.shape)
-        shift = taps.sum(axis=2) @ x - new.sum(axis=2) @ z
+        shift = taps.sum(axis=2) @ t - new.sum(axis=2) @ z if bias is not None else t
     else:
-        right = matrix @ xz[:, keep] + scale * matrix[:, keep]
+        right = tz[:, keep] + scale * matrix[:, keep]
         fitted[:, keep] = np.linalg.solve(damped, right.T).T
-        shift = matrix @ x - fitted @ z
+        shift = t - fitted @ z
     if not np.isfinite(fitted).all():
         return False
     layer.write(pruned, fitted)
