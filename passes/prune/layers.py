@@ -117,10 +117,20 @@ class Layer:
         """Name of the input that carries the channels."""
         return _name(self.site.node.inputs[self.site.data])
 
+    @property
+    def output(self) -> str:
+        """Name of the output."""
+        return _name(self.site.node.outputs[0])
+
+    @property
+    def biased(self) -> bool:
+        """True where the operator itself adds the bias."""
+        return self.site.node.op_type in ("Conv", "Gemm")
+
     def bias(self, model: ir.Model) -> ir.Value | None:
         """The constant (out,) that this layer alone adds, or None; a Conv or Gemm without one is given zeros."""
         node = self.node(model)
-        if node.op_type in ("Conv", "Gemm"):
+        if self.biased:
             value = node.inputs[2] if len(node.inputs) > 2 else None
             out = len(self.matrix(model))
             if value is None:

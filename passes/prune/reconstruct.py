@@ -58,17 +58,18 @@ def refit(
     turns = _turns(layers)
     for turn in ctx.progress.track(turns, total=len(turns), label="reconstruct"):
         moments = [Moments() for _ in turn]
-        matrices = [layer.matrix(original) for layer in turn]
         residuals = [layer.residual() if not layer.shared else None for layer in turn]
-        names = [layer.data for layer in turn] + [name for name in residuals if name]
-        before = runtime.tap(original, names, data.feeds(), threads=ctx.threads)
-        after = runtime.tap(pruned, names, data.feeds(), threads=ctx.threads)
+        shared = [name for name in residuals if name]
+        wanted = [layer.data if layer.shared else layer.output for layer in turn]
+        before = runtime.tap(original, [*wanted, *shared], data.feeds(), threads=ctx.threads)
+        after = runtime.tap(pruned, [*(layer.data for layer in turn), *shared], data.feeds(), threads=ctx.threads)
         for k, (x, z) in enumerate(zip(before, after, strict=True)):
-            for layer, sums, matrix, residual in zip(turn, moments, matrices, residuals, strict=True):
+            for layer, sums, name, residual in zip(turn, moments, wanted, residuals, strict=True):
                 limit = max(-(-options.rows * layer.columns // len(data)), 32)
-                target = layer.rows(x[layer.data], limit, k)
-                if not layer.shared:
-                    target = target @ matrix.T.astype(np.float32)
+                if layer.shared:
+                    target = layer.rows(x[name], limit, k)
+                else:
+                    target = layer.output_rows(x[name], limit, k)
                 if residual:
                     target = target + layer.output_rows(x[residual] - z[residual], limit, k)
                 sums.add(layer.rows(z[layer.data], limit, k), target)
@@ -126,7 +127,8 @@ def _solve(
         return False
     layer.write(pruned, fitted)
     if bias is not None:
-        base = layer.bias(original)
-        start = np.asarray(constant(base), np.float64)
-        set_constant(bias, (start + shift).astype(np.asarray(constant(bias)).dtype))
+        old = np.asarray(constant(bias))
+        # The output of a Conv or Gemm has the bias in it, that of a MatMul or of a patch matrix has not.
+        base = old if layer.shared or not layer.biased else 0
+        set_constant(bias, (base + shift).astype(old.dtype))
     return True
