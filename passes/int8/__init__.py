@@ -15,7 +15,7 @@ from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.accuracy import Judge
-from onnxslim.passes.int8.prepare import Prepared, prepare
+from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_nodes
 
 INTEGER_KERNELS = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
@@ -68,6 +68,7 @@ class Int8(Pass):
         if blocked is not None or not layers:
             return _nothing(layers, dict.fromkeys(layers, blocked or ""))
         draft = model.clone()
+        guessed = observe_ranks(draft, ctx.calibration, ctx)
         reason = raise_opset(draft, 13)
         if reason is not None:
             return _nothing(layers, dict.fromkeys(layers, reason))
@@ -80,12 +81,13 @@ class Int8(Pass):
             return _nothing(layers, reasons)
         fitting, held_out = ctx.calibration.spread(self.samples).split(0.25)
         changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize else {}
-        ready = prepare(draft, wanted, fitting, ctx, per_channel=self.per_channel)
+        ready = survey(draft, wanted, fitting, ctx, per_channel=self.per_channel)
         reasons.update({n: "its input or result had no finite value" for n in wanted if n not in ready.products})
         products, figures = self._search(draft, ready, held_out, ctx, reasons)
         if not products:
             return _nothing(layers, reasons, figures)
         qdq.insert(draft, ready.plan(ready.choose(products)))
+        forget_ranks(draft, set(guessed))
         kernels = _integer_kernels(draft, ctx)
         model.graph = draft.graph
         total = sum(ready.macs.values())

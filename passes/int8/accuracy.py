@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxslim.contract import Context
@@ -14,9 +13,9 @@ from onnxslim.passes.int8.prepare import Prepared
 from onnxslim.probe import Switched, noise
 
 # Held-out samples that judge a choice, and seconds that ranking the layers may take.
-JUDGED, SECONDS = 16, 30.0
-# A layer in float costs its MACs and the conversion of its inputs and outputs; an element converted is worth so many.
-MACS_PER_ELEMENT = 64
+JUDGED, SECONDS = 12, 15.0
+# A layer in float costs its MACs and the conversion of its inputs and outputs: so many MACs per element, and at least.
+MACS_PER_ELEMENT, MACS_PER_LAYER = 64, 1e6
 
 
 class Judge:
@@ -29,19 +28,27 @@ class Judge:
         self.feeds = list(data.spread(JUDGED).feeds())
         self.exact = [self.switched(feed, ()) for feed in self.feeds]
 
-    def noise(self, chosen: Collection[str], samples: int = JUDGED) -> float:
-        """Of the worst output, over the first ``samples`` samples."""
-        pairs = [(e, self.switched(f, chosen)) for e, f in zip(self.exact[:samples], self.feeds, strict=False)]
-        return noise(pairs)
+    def noise(self, chosen: Collection[str]) -> float:
+        """Of the worst output."""
+        return noise([(e, self.switched(f, chosen)) for e, f in zip(self.exact, self.feeds, strict=True)])
+
+    def hardest_first(self, chosen: Collection[str]) -> None:
+        """Order the samples by the noise that ``chosen`` makes on them: few samples then show what matters."""
+        found = [noise([(e, self.switched(f, chosen))]) for e, f in zip(self.exact, self.feeds, strict=True)]
+        order = sorted(range(len(found)), key=lambda k: -found[k])
+        self.feeds, self.exact = [self.feeds[k] for k in order], [self.exact[k] for k in order]
 
     def rank(self, products: list[str]) -> dict[str, float]:
-        """Noise that each product makes when it alone runs on integers."""
-        start = time.perf_counter()
-        self.noise(products[:1], 1)
-        each = time.perf_counter() - start
-        samples = int(np.clip(SECONDS / (each * len(products)), 1, len(self.feeds)))
-        tracked = self.ctx.progress.track(products, total=len(products), label="sensitivity")
-        return {name: self.noise((name,), samples) for name in tracked}
+        """Noise that each product makes when it alone runs on integers; on as many samples as time allows."""
+        stop = time.perf_counter() + SECONDS
+        totals = dict.fromkeys(products, 0.0)
+        tracked = self.ctx.progress.track(self.feeds, total=len(self.feeds), label="sensitivity")
+        for count, (feed, exact) in enumerate(zip(tracked, self.exact, strict=True), 1):
+            for name in products:
+                totals[name] += noise([(exact, self.switched(feed, (name,)))])
+            if time.perf_counter() + (time.perf_counter() - stop + SECONDS) / count > stop:
+                break
+        return {name: total / count for name, total in totals.items()}
 
 
 def restore(judge: Judge, fidelity: float) -> tuple[list[str], dict[str, str], float]:
@@ -52,6 +59,7 @@ def restore(judge: Judge, fidelity: float) -> tuple[list[str], dict[str, str], f
     ready = judge.ready
     products = list(ready.products)
     budget = 1 - fidelity
+    judge.hardest_first(ready.choose(products))
     total = judge.noise(ready.choose(products))
     if fidelity == 0 or total <= budget:
         return products, {}, total
@@ -60,18 +68,31 @@ def restore(judge: Judge, fidelity: float) -> tuple[list[str], dict[str, str], f
     def price(name: str) -> float:
         unit = ready.units[name]
         elements = sum(ready.sizes.get(v, 0.0) for v in (*unit.inputs, *unit.outputs))
-        return ready.macs[name] + MACS_PER_ELEMENT * elements + 1
+        return ready.macs[name] + MACS_PER_ELEMENT * elements + MACS_PER_LAYER
 
     order = sorted(products, key=lambda n: (-alone[n] / price(n), n))
     low, high = 1, len(order)  # the number of layers to leave in float lies in [low, high]
-    reached = 0.0
     while low < high:
         middle = (low + high) // 2
-        found = judge.noise(ready.choose(order[middle:]))
-        if found <= budget:
-            high, reached = middle, found
+        if judge.noise(ready.choose(order[middle:])) <= budget:
+            high = middle
         else:
             low = middle + 1
-    gone = order[:high]
-    reasons = {n: f"in int8 it alone takes {alone[n]:.2%} of an output's variance" for n in gone}
+    gone = _put_back(judge, products, order[:high], alone, budget)
+    reached = judge.noise(ready.choose([n for n in products if n not in gone]))
+    reasons = {n: f"in int8 it alone takes {alone[n]:.2%} of an output's variance" for n in order if n in gone}
     return [n for n in products if n not in reasons], reasons, reached
+
+
+def _put_back(judge: Judge, products: list[str], gone: list[str], alone: dict[str, float], budget: float) -> set[str]:
+    """``gone`` without the layers that matter least and fit into the budget after all, again by bisection."""
+    order = sorted(gone, key=lambda n: (alone[n], n))
+    low, high = 0, max(len(order) - 1, 0)  # the number of layers to put back lies in [low, high]
+    while low < high:
+        middle = (low + high + 1) // 2
+        trial = set(order[middle:])
+        if judge.noise(judge.ready.choose([n for n in products if n not in trial])) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return set(order[low:])

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim import calibration, cost, ranges
+from onnxslim import calibration, cost, ranges, runtime
 from onnxslim.calibration import Histogram
 from onnxslim.contract import Context
 from onnxslim.data import Data
@@ -16,10 +16,11 @@ from onnxslim.graph import constant
 from onnxslim.probe import Local
 from onnxslim.qdq import Plan
 from onnxslim.quantization import QParams, activation_params, quantize, weight_params, widen_for_bias
+from onnxslim.responses import response
 from onnxslim.units import Kind, Unit, find_units, settle, sources, stored_values
 
 # Samples on which ranges are compared by the error they cause; each costs two passes per candidate range.
-COMPARED = 16
+COMPARED = 8
 
 
 @dataclasses.dataclass
@@ -52,7 +53,7 @@ class Prepared:
         return Plan(frozenset(chosen), self.params, self.weights, self.shift)
 
 
-def prepare(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, *, per_channel: bool) -> Prepared:
+def survey(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, *, per_channel: bool) -> Prepared:
     """Measure ``model`` on ``data`` and decide how every unit would be stored.
 
     Products whose input never had a finite value are dropped from the result's ``products``.
@@ -64,8 +65,9 @@ def prepare(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, 
     names = dict.fromkeys(owner.get(v, v) for v in stored_values(units, units))
     histograms = {name: Histogram() for name in names}
     calibration.collect(model, {n: [h] for n, h in histograms.items()}, ctx, data=data)
+    seen_as = {v.name or "": found[0] for v in _values(model) if v.name in histograms and (found := response(v))}
     options = {
-        name: {method: activation_params(*limits) for method, limits in ranges.candidates(h).items()}
+        name: {method: activation_params(*limits) for method, limits in ranges.candidates(h, seen_as.get(name)).items()}
         for name, h in histograms.items()
     }
     units = {n: u for n, u in units.items() if all(options.get(owner.get(v, v), True) for v in (*u.inputs, *u.outputs))}
@@ -80,6 +82,37 @@ def prepare(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, 
     table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
     sizes = {name: histograms[owner.get(name, name)].elements for name in (*names, *owner)}
     return Prepared(units, kept, sizes, {n: table.get(n, 0) for n in kept}, params, weights, shift, methods)
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+
+
+def observe_ranks(model: ir.Model, data: Data, ctx: Context) -> list[str]:
+    """Give values of the main graph whose rank does not follow from the inputs the rank that one sample shows.
+
+    Returns the names of these values; `forget_ranks` undoes it, because the rank may differ for other inputs.
+    """
+    unknown = [v.name for node in model.graph for v in node.outputs if v.name and v.shape is None and v.uses()]
+    if not unknown:
+        return []
+    feeds = [data.feed(data[0])]
+    ranks = {
+        n: np.ndim(a) for found in runtime.tap(model, unknown, feeds, threads=ctx.threads) for n, a in found.items()
+    }
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in ranks:
+                value.shape = ir.Shape([None] * ranks[value.name])
+    return unknown
+
+
+def forget_ranks(model: ir.Model, names: Collection[str]) -> None:
+    """Remove the shapes that `observe_ranks` wrote."""
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in names:
+                value.shape = None
 
 
 def _compare(
