@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxslim import cost, doctor, metrics, pipeline, repro, runtime, verify
 from onnxslim import data as data_io
 from onnxslim import model as model_io
-from onnxslim.checks import Budget, Checks, check_samples
+from onnxslim.checks import Budget, Checks, check_samples, generated
 from onnxslim.contract import Context, Effect, NoProgress, Pass, Progress
 from onnxslim.data import Data, Source
 from onnxslim.errors import CheckError, DataError, ModelError, UsageError
@@ -104,20 +104,33 @@ def optimize(
     if fix_shapes:
         model_io.fix_shapes(original, fix_shapes)
     lossy = pipeline.strictest(chosen) is Effect.LOSSY
-    samples = _samples(original, calibration, evaluation, lossy, seed, {**(fix_shapes or {}), **(shapes or {})})
     ctx = Context(
-        calibration=samples.calibration,
-        synthetic=samples.synthetic,
+        calibration=Data("nothing", 0, lambda k: {}, ()),
         target=target,
         threads=threads,
         seed=seed,
         progress=progress or NoProgress(),
         warnings=list(original.meta.get(model_io.WARNINGS, ())),
     )
-    must_run = calibration is not None or evaluation is not None or any(p.needs_data for p in chosen)
-    runner = _original(_as_given(model, original), samples, must_run, ctx)
+    given = _Given(calibration, evaluation, {**(fix_shapes or {}), **(shapes or {})})
+    must_run = given.any or any(p.needs_data for p in chosen)
+    samples, runner = _samples(original, _as_given(model, original), given, lossy, must_run, ctx)
+    ctx.calibration, ctx.synthetic = samples.calibration, samples.synthetic
     run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
     return run.finish(*run.passes(chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The data and shapes that the user gave."""
+
+    calibration: Source | None
+    evaluation: Source | None
+    shapes: Shapes
+
+    @property
+    def any(self) -> bool:
+        return self.calibration is not None or self.evaluation is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,32 +144,30 @@ class _Samples:
 
 
 def _samples(
-    model: ir.Model,
-    calibration: Source | None,
-    evaluation: Source | None,
-    lossy: bool,
-    seed: int,
-    shapes: Shapes,
-) -> _Samples:
+    model: ir.Model, source: Any, given: _Given, lossy: bool, must_run: bool, ctx: Context
+) -> tuple[_Samples, runtime.Runner | None]:
+    """The samples, and the original ready to run; no runner, but a warning, where it runs on no generated input."""
     try:
         specs = data_io.input_specs(model)
-    except DataError:
-        if calibration is not None or evaluation is not None:
+        judging = None if given.evaluation is None else data_io.open_data(given.evaluation, specs, what="evaluation")
+        if given.calibration is not None:
+            seen = data_io.open_data(given.calibration, specs)
+            runner = runtime.load(source, threads=ctx.threads)
+        else:
+            seen, runner = generated(model, source, _SYNTHETIC, seed=ctx.seed, shapes=given.shapes, threads=ctx.threads)
+        # Samples that only judge are held back, unless nothing learns from the others.
+        unseen = judging is not None or (lossy and len(seen) > 1)
+        if judging is None:
+            seen, judging = seen.split(_HELD_OUT) if lossy else (seen, seen)
+        for data in (judging, seen):
+            runtime.run(runner, data.feed(data[0]), "the original model")
+    except (ModelError, DataError) as error:
+        if must_run:
             raise
+        ctx.warnings.insert(0, f"NOT VERIFIED: the original could not be run on generated inputs ({error})")
         nothing = Data("nothing", 0, lambda k: {}, ())
-        return _Samples(nothing, nothing, True, False)
-    judging = None if evaluation is None else data_io.open_data(evaluation, specs, what="evaluation")
-    if calibration is not None:
-        given = data_io.open_data(calibration, specs)
-        if judging is not None:
-            return _Samples(given, judging, False, True)
-        seen, held = given.split(_HELD_OUT) if lossy else (given, given)
-        return _Samples(seen, held, False, lossy and len(given) > 1)
-    generated = data_io.synthetic(model, _SYNTHETIC, seed=seed, shapes=shapes)
-    if judging is not None:
-        return _Samples(generated, judging, True, True)
-    seen, held = generated.split(_HELD_OUT) if lossy else (generated, generated)
-    return _Samples(seen, held, True, lossy)
+        return _Samples(nothing, nothing, True, False), None
+    return _Samples(seen, judging, given.calibration is None, unseen), runner
 
 
 def _as_given(source: Any, loaded: ir.Model) -> ir.Model | str | bytes:
@@ -168,22 +179,6 @@ def _as_given(source: Any, loaded: ir.Model) -> ir.Model | str | bytes:
     if isinstance(source, onnx.ModelProto) and source.ByteSize() < runtime.IN_MEMORY:
         return bytes(source.SerializeToString())
     return loaded
-
-
-def _original(source: Any, samples: _Samples, must_run: bool, ctx: Context) -> runtime.Runner | None:
-    """The original, ready to run; None, and a warning, when it does not run on generated inputs."""
-    try:
-        if not len(samples.judging):
-            raise ModelError("an input is not a tensor, so no input can be generated")
-        runner = runtime.load(source, threads=ctx.threads)
-        for data in (samples.judging, samples.calibration):
-            runtime.run(runner, data.feed(data[0]), "the original model")
-    except ModelError as error:
-        if must_run:
-            raise
-        ctx.warnings.insert(0, f"NOT VERIFIED: the original could not be run on generated inputs ({error})")
-        return None
-    return runner
 
 
 class _Run:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxslim import runtime, verify
 from onnxslim.contract import Context, Effect, Pass
-from onnxslim.data import Data, Sample
+from onnxslim.data import Data, Sample, synthetic
 from onnxslim.errors import ModelError
 from onnxslim.graph import count_nodes
 from onnxslim.metrics import Metric, allowed_drop
@@ -131,6 +132,36 @@ class Checks:
                     f"{self._noise.broken()}; lossless passes were held to that"
                 )
         return self._noise
+
+
+def generated(
+    model: ir.Model,
+    source: ir.Model | bytes | str,
+    count: int,
+    *,
+    seed: int,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    threads: int = 0,
+) -> tuple[Data, runtime.Runner]:
+    """Samples for ``model`` that ``source``, the form of it that is run, accepts, and its runner.
+
+    Symbolic dimensions start small and grow until the model runs: a network with a window of 256 samples refuses 16.
+
+    Raises:
+        ModelError: it cannot be loaded, or runs at none of the sizes; the message is that of the smallest.
+    """
+    runner = runtime.load(source, threads=threads)
+    first: ModelError | None = None
+    for scale in (1, 4, 16, 64):
+        data = synthetic(model, count, seed=seed, shapes=shapes, scale=scale)
+        try:
+            runtime.run(runner, data.feed(data[0]), "the original model")
+        except ModelError as error:
+            first = first or error
+        else:
+            return data, runner
+    assert first is not None
+    raise first
 
 
 def check_samples(runner: runtime.Runner, data: Data, count: int) -> Data:

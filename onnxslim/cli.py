@@ -153,8 +153,8 @@ def optimize_command(
 
 def _check_target(source: Path, target: Path, json_to: str | None) -> None:
     """Find out before the work that the result could not be written."""
-    if not source.exists():
-        raise UsageError(f"{source}: no such file")
+    if not source.is_file():
+        raise UsageError(f"{source}: {'is a folder, not an ONNX file' if source.is_dir() else 'no such file'}")
     for path in (target, *([Path(json_to)] if json_to not in (None, "-") else [])):
         if path.exists() and path.samefile(source):
             raise UsageError(f"{path}: is the input, which is never touched; give another name")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,7 @@ from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.errors import ModelError
 from onnxslim.graph import attribute, count_nodes
+from onnxslim.shapes import Shapes as Facts
 
 Shape = tuple[int, ...]
 
@@ -67,8 +68,8 @@ class Cost:
 def analyze(model: ir.Model, feed: Mapping[str, np.ndarray] | None = None) -> Cost:
     """Count ``model`` for inputs shaped like those in ``feed``; a symbolic dimension of an input not in it is 1.
 
-    Shapes come from ONNX shape inference; where it stops (a shape computed at run time), the sample is run once and
-    the shapes are read off, if there is a sample and ONNX Runtime accepts the model.
+    Shapes are derived from the inputs (`onnxslim.shapes`); where that ends (a shape that depends on the contents of an
+    input), the sample is run once and the shapes are read off, if there is one and ONNX Runtime accepts the model.
     """
     draft = model.clone()
     _bind(draft, feed or {})
@@ -92,37 +93,48 @@ def parameters(model: ir.Model) -> int:
 
 
 class _Shapes:
-    """Concrete shapes of values: inferred ones, else the ones of a real run."""
+    """Concrete shapes of values: derived ones, else inferred ones, else those of a real run."""
 
     def __init__(self, model: ir.Model, feed: Mapping[str, np.ndarray] | None) -> None:
         self._model = model
         self._feed = feed
+        self._facts: Facts | None = None
         self._run: dict[str, Shape] = {}
 
-    def infer(self, draft: ir.Model, nodes: Iterable[ir.Node]) -> None:
-        """Infer the shapes of ``draft`` and look up by a run those that ``nodes`` need and inference leaves open."""
+    def infer(self, draft: ir.Model, nodes: Sequence[ir.Node]) -> None:
+        """Find the shapes of ``draft``, with more effort while those that ``nodes`` need are open."""
+        self._facts = Facts(draft).run()
+        if not self._open(nodes):
+            return
+        # ONNX's own inference knows the bodies of Scan and Loop; it goes on from what is known.
+        for value in (v for node in draft.graph.all_nodes() for v in node.outputs):
+            known = self._facts.static(value)
+            if known is not None:
+                value.shape = ir.Shape(known)
         model_io.infer_shapes(draft)
         main = {v.name for node in draft.graph for v in node.outputs}
-        open_names = [
-            str(value.name)
-            for node in nodes
-            for value in (*node.inputs, *node.outputs)
-            if value is not None and value.name in main and self(value) is None
-        ]
-        if not open_names or self._feed is None:
+        names = [name for name in self._open(nodes) if name in main]
+        if not names or self._feed is None:
             return
         try:
-            for values in runtime.tap(self._model, dict.fromkeys(open_names), [self._feed]):
+            for values in runtime.tap(self._model, names, [self._feed]):
                 self._run = {name: tuple(np.shape(array)) for name, array in values.items()}
         except ModelError:
             # The model does not run on this sample: its open shapes stay unknown and the caller is told which.
             self._run = {}
+
+    def _open(self, nodes: Sequence[ir.Node]) -> list[str]:
+        values = (v for node in nodes for v in (*node.inputs, *node.outputs[:1]) if v is not None)
+        return list(dict.fromkeys(str(v.name) for v in values if self(v) is None))
 
     def __call__(self, value: ir.Value | None) -> Shape | None:
         if value is None:
             return None
         if value.const_value is not None:
             return tuple(value.const_value.shape.numpy())
+        known = self._facts.static(value) if self._facts is not None else None
+        if known is not None:
+            return known
         if value.shape is not None and all(isinstance(d, int) for d in value.shape):
             return tuple(int(d) for d in value.shape if isinstance(d, int))
         return self._run.get(value.name or "")

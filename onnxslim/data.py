@@ -280,11 +280,19 @@ def _from_iterable(items: Any, origin: str, specs: Sequence[InputSpec], what: st
     return Data(origin, len(kept), load, specs)
 
 
-def synthetic(model: ir.Model, count: int, *, seed: int, shapes: Mapping[str, Sequence[int]] | None = None) -> Data:
+def synthetic(
+    model: ir.Model,
+    count: int,
+    *,
+    seed: int,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    scale: int = 1,
+) -> Data:
     """``count`` generated samples for ``model``: normal floats, small non-negative integers, booleans.
 
-    A symbolic dimension is 1 on axis 0 (the batch), 64 in an array of rank 4 or more, 16 in a smaller one, and one name
-    has one size everywhere; ``shapes`` overrides by input name.
+    A symbolic dimension is 1 where it is the batch (axis 0, or the first symbolic one behind a fixed size above 1, as
+    in the states of recurrent networks), 64 in an array of rank 4 or more, 16 in a smaller one, and one name has one
+    size everywhere; ``scale`` multiplies these sizes (of images at most to 512), ``shapes`` overrides by input name.
 
     Raises:
         UsageError: a shape is given for an unknown input or has the wrong rank.
@@ -308,11 +316,11 @@ def synthetic(model: ir.Model, count: int, *, seed: int, shapes: Mapping[str, Se
                 if not isinstance(dim, int) and dim.value is not None:
                     symbols.setdefault(str(dim.value), size)
 
-    def choose(dim: int | ir.SymbolicDim, axis: int, rank: int) -> int:
+    def choose(dim: int | ir.SymbolicDim, batch: bool, rank: int) -> int:
         size = _size(dim)
         if size is not None:
             return size
-        usual = _default_size(axis, rank)
+        usual = 1 if batch else min(64 * scale, 512) if rank >= 4 else 16 * scale
         name = None if isinstance(dim, int) else dim.value
         return usual if name is None else symbols.setdefault(str(name), usual)
 
@@ -324,8 +332,8 @@ def synthetic(model: ir.Model, count: int, *, seed: int, shapes: Mapping[str, Se
         elif value.shape is None:
             concrete[value.name] = ()
         else:
-            rank = len(value.shape)
-            concrete[value.name] = tuple(choose(d, axis, rank) for axis, d in enumerate(value.shape))
+            rank, batch = len(value.shape), _batch_axis(value.shape)
+            concrete[value.name] = tuple(choose(d, axis == batch, rank) for axis, d in enumerate(value.shape))
 
     def load(k: int) -> Sample:
         rng = np.random.default_rng([seed, k])
@@ -334,11 +342,11 @@ def synthetic(model: ir.Model, count: int, *, seed: int, shapes: Mapping[str, Se
     return Data("synthetic inputs", count, load, specs)
 
 
-def _default_size(axis: int, rank: int) -> int:
-    """A size for a symbolic dimension: one sample; images of 64 pixels; sequences of 16 steps."""
-    if axis == 0:
-        return 1
-    return 64 if rank >= 4 else 16
+def _batch_axis(shape: ir.Shape) -> int | None:
+    sizes = [_size(d) for d in shape]
+    if not sizes or sizes[0] in (0, 1):
+        return None
+    return next((axis for axis, size in enumerate(sizes) if size is None), None)
 
 
 def _draw(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:

@@ -18,9 +18,10 @@ from onnxslim import cost, metrics, pipeline, runtime, verify
 from onnxslim import data as data_io
 from onnxslim import doctor as diagnosis
 from onnxslim import model as model_io
+from onnxslim.checks import generated
 from onnxslim.contract import Progress, literal
 from onnxslim.data import Data
-from onnxslim.errors import DataError, UsageError
+from onnxslim.errors import DataError, ModelError, UsageError
 from onnxslim.report import fidelity_table, plain
 
 Shapes = Mapping[str, Sequence[int]]
@@ -35,9 +36,13 @@ def to_json(facts: Mapping[str, Any]) -> str:
 def inspect(source: Any, shapes: Shapes) -> dict[str, Any]:
     """Interface, totals and per-node figures of a model in any form."""
     model = model_io.load(source)
+    notes = list(model.meta[model_io.WARNINGS])
     try:
-        feed = data_io.synthetic(model, 1, seed=0, shapes=shapes)[0]
-    except DataError:  # an input that is not a tensor: the shapes that depend on it stay unknown
+        feed = generated(model, model, 1, seed=0, shapes=shapes)[0][0]
+    except (DataError, ModelError) as error:
+        notes.append(
+            f"the model does not run on generated inputs, so shapes known only at run time stay open ({error})"
+        )
         feed = {}
     counted = cost.analyze(model, feed)
     return {
@@ -59,7 +64,7 @@ def inspect(source: Any, shapes: Shapes) -> dict[str, Any]:
         },
         "table": [dataclasses.asdict(row) for row in counted.table],
         "unknown_macs": list(counted.unknown),
-        "warnings": list(model.meta[model_io.WARNINGS]),
+        "warnings": notes,
     }
 
 
@@ -99,7 +104,7 @@ def inspect_table(facts: Mapping[str, Any], nodes: bool) -> RenderableType:
 def _samples(path: Path, source: str | None, shapes: Shapes, seed: int) -> Data:
     model = model_io.load(path)
     if source is None:
-        return data_io.synthetic(model, _GENERATED, seed=seed, shapes=shapes)
+        return generated(model, str(path), _GENERATED, seed=seed, shapes=shapes)[0]
     return data_io.open_data(source, data_io.input_specs(model), what="sample")
 
 

@@ -400,3 +400,17 @@ def test_weights_of_the_given_model_are_not_touched(proto: onnx.ModelProto, samp
     assert array is not None
     set_constant(weight, array * 2)
     assert np.array_equal(before["w1"], np.array(model.graph.initializers["w1"].const_value))
+
+
+def test_generated_inputs_grow_until_the_model_runs() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, t] x) => (float[n, 1, u] y) <float[1, 1, 200] w = {0}, int64[1] one = {1}> {
+            e = Unsqueeze(x, one)
+            y = Conv(e, w)
+        }
+    """)
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.ones((1, 1, 200), np.float32), "w"))
+    result = _optimize(proto)
+    assert result.report.environment["shapes"] == {"x": [1, 256]}
+    assert result.report.fidelity is not None

@@ -276,3 +276,9 @@ def test_synthetic_arrays_have_the_declared_type(dtype: str) -> None:
     array = data_io.synthetic(model, 1, seed=0)[0]["x"]
     assert array.dtype == np.dtype(dtype)
     assert array.shape == (2, 3)
+
+
+def test_scale_grows_what_is_free() -> None:
+    model = _inputs(x=["batch", "steps"], image=["batch", 3, "h", "w"], state=[2, None, 128])
+    shapes = {name: a.shape for name, a in data_io.synthetic(model, 1, seed=0, scale=16)[0].items()}
+    assert shapes == {"x": (1, 256), "image": (1, 3, 512, 512), "state": (2, 1, 128)}
