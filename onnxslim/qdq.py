@@ -168,31 +168,58 @@ class _Writer:
         self._bias(unit, params, stored.shape[axis] if axis is not None else -1)
 
     def _bias(self, unit: Unit, weight: QParams, channels: int) -> None:
-        bias = unit.node.inputs[2] if len(unit.node.inputs) > 2 else None
-        row = unit.bias
-        old = g.constant(bias)
         shift = self.plan.shift.get(unit.name)
-        if row is not None:
-            if shift is not None:
-                index = 0 if g.is_constant(row.inputs[0]) else 1
-                kept = g.constant(row.inputs[index])
-                assert kept is not None
-                value = g.add_constant(self.graph, f"{row.inputs[index].name}", (kept + shift).astype(np.float32))  # type: ignore[union-attr]
-                row.replace_input_with(index, value)
+        if unit.bias is not None:
+            self._row(unit, unit.bias, weight, channels, shift)
             return
+        bias = unit.node.inputs[2] if len(unit.node.inputs) > 2 else None
+        old = g.constant(bias)
         if unit.node.op_type == "MatMul" or (old is None and shift is None):
             return
         array = np.zeros(channels, np.float32) if old is None else np.broadcast_to(old.reshape(-1), (channels,))
-        if shift is not None:
-            array = array + shift
-        params = bias_params(weight, self.params(unit.inputs[0]).scale, channels)
         name = (bias.name if bias is not None else None) or f"{unit.name}_bias"
-        value = self._dequantized(unit, name, quantize(array.astype(np.float32), params), params)
-        if bias is not None:
-            unit.node.replace_input_with(2, value)
-        else:
-            unit.node.resize_inputs(3)
-            unit.node.replace_input_with(2, value)
+        value = self._stored_bias(unit, name, array, weight, shift)
+        unit.node.resize_inputs(3)
+        unit.node.replace_input_with(2, value)
+
+    def _stored_bias(
+        self, unit: Unit, name: str, array: np.ndarray, weight: QParams, shift: np.ndarray | None
+    ) -> ir.Value:
+        moved = (array if shift is None else array + shift).astype(np.float32)
+        params = bias_params(weight, self.params(unit.inputs[0]).scale, len(moved))
+        return self._dequantized(unit, name, quantize(moved, params), params)
+
+    def _row(self, unit: Unit, row: ir.Node, weight: QParams, channels: int, shift: np.ndarray | None) -> None:
+        """The row added behind a MatMul: shifted, or merged into a Gemm where ONNX Runtime would make a float Gemm."""
+        index = 0 if g.is_constant(row.inputs[0]) else 1
+        kept, constant = g.constant(row.inputs[index]), row.inputs[index]
+        assert kept is not None and constant is not None
+        shape = g.known_shape(row.outputs[0])
+        if shape is None or (len(shape) != 2 and None in shape):
+            if shift is not None:
+                value = g.add_constant(self.graph, f"{constant.name}", (kept + shift).astype(np.float32))
+                row.replace_input_with(index, value)
+            return
+        bias = self._stored_bias(unit, f"{constant.name}", kept, weight, shift)
+        source, stored_weight = unit.node.inputs[0], unit.node.inputs[1]
+        assert source is not None
+        if len(shape) != 2:
+            dq = source.producer()
+            assert dq is not None
+            form = g.add_constant(self.graph, f"{unit.name}_matrix", np.array([-1, stored_weight.shape[0]], np.int64))  # type: ignore[union-attr, index]
+            flat = g.add_node(self.graph, "Reshape", [dq.inputs[0], form], before=unit.node, hint=unit.name)
+            flat.outputs[0].dtype = ir.DataType.UINT8
+            inputs = [flat.outputs[0], *dq.inputs[1:]]
+            source = g.add_node(self.graph, "DequantizeLinear", inputs, before=unit.node, hint=unit.name).outputs[0]
+            source.dtype = ir.DataType.FLOAT
+        end = gemm = g.add_node(self.graph, "Gemm", [source, stored_weight, bias], before=row, hint=unit.name)
+        gemm.name = unit.name
+        gemm.outputs[0].dtype = ir.DataType.FLOAT
+        if len(shape) != 2:
+            form = g.add_constant(self.graph, f"{unit.name}_shape", np.array(shape, np.int64))
+            end = g.add_node(self.graph, "Reshape", [gemm.outputs[0], form], before=row, hint=unit.name)
+        end.outputs[0].type, end.outputs[0].shape = row.outputs[0].type, row.outputs[0].shape
+        g.replace(row.outputs[0], end.outputs[0])
 
     def _dequantized(self, unit: Unit, name: str, stored: np.ndarray, params: QParams) -> ir.Value:
         """A DequantizeLinear of a new constant."""

@@ -1,0 +1,235 @@
+"""Units and Q/DQ pairs: what can be an integer kernel becomes one, and nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from onnxslim import model as model_io
+from onnxslim import qdq, runtime
+from onnxslim.calibration import Histogram
+from onnxslim.graph import constant
+from onnxslim.quantization import activation_params, quantize, weight_params
+from onnxslim.units import Kind, find_units, name_nodes, settle, sources, stored_values
+
+RNG = np.random.default_rng(1)
+X = RNG.standard_normal((2, 16, 8, 8)).astype(np.float32)
+
+
+def f(*shape: int) -> np.ndarray:
+    return (RNG.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+
+def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs, [output], name=f"{op}_{output}", **attributes)
+
+
+def build(
+    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], x: tuple[Any, ...], out: str = "y"
+) -> ir.Model:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in out.split(",")],
+        [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = model_io.load(onnx.shape_inference.infer_shapes(proto))
+    name_nodes(model)
+    return model
+
+
+def quantized(model: ir.Model, x: np.ndarray, products: set[str] | None = None) -> tuple[ir.Model, frozenset[str]]:
+    """``model`` with all its units (or the given products) stored in ranges seen for ``x``."""
+    units, _ = find_units(model)
+    owner = sources(units.values())
+    every = {n for n, u in units.items() if u.kind is Kind.PRODUCT}
+    names = {owner.get(v, v) for v in stored_values(units, units)}
+    values = next(runtime.tap(model, names, [{"x": x}]))
+    params = {n: activation_params(float(a.min()), float(a.max())) for n, a in values.items()}
+    weights = {}
+    for name in every:
+        index, axis = units[name].weight or (1, None)
+        array = constant(units[name].node.inputs[index])
+        assert array is not None
+        weights[name] = (quantize(array, weight_params(array, axis)), weight_params(array, axis))
+    chosen = settle(units, every if products is None else products, {})
+    result = model.clone()
+    qdq.insert(result, qdq.Plan(chosen, params, weights))
+    onnx.checker.check_model(model_io.to_proto(result), full_check=True)
+    return result, chosen
+
+
+def kernels(model: ir.Model) -> set[str]:
+    return {n.op_type for n in runtime.optimized(model).graph}
+
+
+def error(a: ir.Model, b: ir.Model, x: np.ndarray) -> float:
+    first, second = (runtime.load(m)({"x": x}) for m in (a, b))
+    assert list(first) == list(second)
+    return max(
+        float(np.linalg.norm(first[k] - second[k]) / np.linalg.norm(first[k]))
+        for k in first
+        if first[k].dtype.kind == "f"
+    )
+
+
+CONV = {"w": f(16, 16, 3, 3), "b": f(16), "v": f(16, 16, 1, 1)}
+FIRST = node("Conv", ["x", "w", "b"], "c", pads=[1, 1, 1, 1])
+LAST = node("Conv", ["m", "v"], "y")
+BETWEEN: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], str]] = {
+    "relu": ([node("Relu", ["c"], "m")], {}, "QLinearConv"),
+    "clip": ([node("Clip", ["c", "l", "h"], "m")], {"l": np.float32(0), "h": np.float32(6)}, "QLinearConv"),
+    "leaky": ([node("LeakyRelu", ["c"], "m", alpha=0.1)], {}, "QLinearLeakyRelu"),
+    "sigmoid": ([node("Sigmoid", ["c"], "s"), node("Mul", ["c", "s"], "m")], {}, "QLinearMul"),
+    "add-constant": ([node("Add", ["c", "k"], "m")], {"k": np.float32(0.7)}, "QLinearAdd"),
+    "residual": ([node("Add", ["c", "x"], "a"), node("Relu", ["a"], "m")], {}, "QLinearAdd"),
+    "max-pool": ([node("MaxPool", ["c"], "m", kernel_shape=[2, 2])], {}, "NhwcMaxPool"),
+    "mean-pool": ([node("AveragePool", ["c"], "m", kernel_shape=[2, 2])], {}, "QLinearAveragePool"),
+    "global": ([node("GlobalAveragePool", ["c"], "m")], {}, "QLinearGlobalAveragePool"),
+    "concat": (
+        [node("Split", ["c"], "", axis=1), node("Concat", ["c2", "c1"], "m", axis=1)],
+        {},
+        "QLinearConcat",
+    ),
+    "transpose": ([node("Transpose", ["c"], "m", perm=[0, 1, 3, 2])], {}, "Transpose"),
+    "hard-swish": (
+        [node("Add", ["c", "k"], "a"), node("Clip", ["a", "l", "h"], "i"), node("Mul", ["c", "i"], "m")],
+        {"k": np.float32(3), "l": np.float32(0), "h": np.float32(6)},
+        "QLinearMul",
+    ),
+}
+BETWEEN["concat"][0][0] = helper.make_node("Split", ["c"], ["c1", "c2"], axis=1, name="split")
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_between_two_convolutions(name: str) -> None:
+    nodes, constants, kernel = BETWEEN[name]
+    model = build([FIRST, *nodes, LAST], CONV | constants, X.shape)
+    result, _ = quantized(model, X)
+    found = kernels(result)
+    assert kernel in found
+    assert "QLinearConv" in found
+    left = {"Conv", "Relu", "Clip", "Add", "Mul", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "Concat"}
+    assert not found & left
+    assert error(model, result, X) < 0.05
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_axis_of_square_weights(transposed: bool) -> None:
+    weight = f(16, 16) * np.geomspace(0.01, 1, 16, dtype=np.float32)
+    weight = np.ascontiguousarray(weight.T) if transposed else weight
+    model = build([node("Gemm", ["x", "w", "b"], "y", transB=int(transposed))], {"w": weight, "b": f(16)}, (4, 16))
+    x = X[:, :, 0, 0].repeat(2, 0)
+    result, _ = quantized(model, x)
+    assert "QGemm" in kernels(result)
+    assert error(model, result, x) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (1, 5, 16), (2, 3, 5, 16), ("n", 16), ("n", "t", 16)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_matrix_products_without_a_stored_result(shape: tuple[Any, ...], bias: bool) -> None:
+    nodes = [node("MatMul", ["x", "w"], "p" if bias else "y")] + ([node("Add", ["p", "b"], "y")] if bias else [])
+    model = build(nodes, {"w": f(16, 12), "b": f(12)}, shape)
+    x = RNG.standard_normal([5 if isinstance(d, str) else d for d in shape]).astype(np.float32)
+    result, _ = quantized(model, x)
+    assert kernels(result) & {"MatMulIntegerToFloat", "QGemm", "QLinearMatMul"}
+    assert not kernels(result) & {"MatMul", "Gemm"}
+    assert error(model, result, x) < 0.03
+
+
+def test_a_value_with_many_readers_has_one_store() -> None:
+    nodes = [FIRST, node("Conv", ["c", "v"], "d"), node("Conv", ["c", "v2"], "e"), node("Tanh", ["c"], "t")]
+    nodes += [node("Add", ["d", "e"], "s"), node("Add", ["s", "t"], "y")]
+    model = build(nodes, CONV | {"v2": f(16, 16, 1, 1)}, X.shape)
+    result, _ = quantized(model, X)
+    ops = [n.op_type for n in runtime.optimized(result).graph]
+    assert ops.count("QLinearConv") == 3
+    assert error(model, result, X) < 0.05
+
+
+def test_a_stored_value_that_is_an_output_keeps_its_name() -> None:
+    model = build([FIRST, node("Relu", ["c"], "m"), LAST], CONV, X.shape, "y,m")
+    result, _ = quantized(model, X)
+    assert [v.name for v in result.graph.outputs] == ["y", "m"]
+    assert "Conv" not in kernels(result)
+    assert error(model, result, X) < 0.05
+
+
+def test_layers_left_in_float_keep_their_weights() -> None:
+    # ONNX Runtime would store the weights of a float Conv between two pairs, with one scale for all channels.
+    weights = CONV | {"w2": f(16, 16, 3, 3) * np.geomspace(1e-3, 1, 16, dtype=np.float32).reshape(-1, 1, 1, 1)}
+    nodes = [FIRST, node("Conv", ["c", "w2", "b"], "m"), LAST]
+    model = build(nodes, weights, X.shape)
+    result, _ = quantized(model, X, {"Conv_c", "Conv_y"})
+    assert [n.op_type for n in runtime.optimized(result).graph].count("QLinearConv") == 2
+
+
+def test_shared_weights_and_weights_that_are_outputs() -> None:
+    nodes = [FIRST, node("Conv", ["c", "v"], "m"), LAST, node("Identity", ["v"], "z")]
+    model = build(nodes, CONV, X.shape, "y,z")
+    result, _ = quantized(model, X)
+    np.testing.assert_array_equal(runtime.load(result)({"x": X})["z"], CONV["v"])
+    assert error(model, result, X) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants", "reason"),
+    [
+        ([node("Gemm", ["x", "w"], "y", alpha=0.5)], {"w": f(16, 4)}, "alpha"),
+        ([node("Gemm", ["x", "w", "b"], "y")], {"w": f(16, 4), "b": f(3, 4)}, "matrix"),
+        ([node("MatMul", ["x", "w"], "y")], {"w": f(2, 16, 4)}, "3 axes"),
+        ([node("MatMul", ["w", "x"], "y")], {"w": f(4, 3)}, "left operand"),
+        ([node("Transpose", ["x"], "t", perm=[1, 0]), node("MatMul", ["x", "t"], "y")], {}, "activations"),
+        ([node("Cast", ["x"], "h", to=10), node("MatMul", ["h", "w"], "z"), node("Cast", ["z"], "y", to=1)],
+         {"w": f(16, 4).astype(np.float16)}, "FLOAT16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_on_integers_is_named(
+    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], reason: str
+) -> None:
+    model = build(nodes, constants, (3, 16))
+    units, reasons = find_units(model)
+    assert not [u for u in units.values() if u.kind is Kind.PRODUCT]
+    assert any(reason in text for text in reasons.values())
+
+
+def test_glue_is_worth_it_only_between_integers() -> None:
+    model = build(
+        [FIRST, node("Sigmoid", ["c"], "s"), node("Tanh", ["s"], "t"), node("Add", ["t", "x"], "y")], CONV, X.shape
+    )
+    units, _ = find_units(model)
+    chosen = settle(units, {"Conv_c"}, {"c": 100, "s": 100, "t": 100, "y": 100, "x": 100})
+    assert chosen == {"Conv_c"}
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
+def test_histogram_keeps_every_count_while_it_grows(scale: float) -> None:
+    seen = Histogram()
+    arrays = [RNG.standard_normal(1000) * scale * 10.0**k for k in range(4)]
+    arrays[1][:100] = 0
+    for array in arrays:
+        seen.update(array)
+    everything = np.concatenate(arrays)
+    assert seen.counts.sum() + seen.zeros == seen.total == everything.size
+    assert (seen.low, seen.high) == (everything.min(), everything.max())
+    expected, _ = np.histogram(everything[everything != 0], seen.BINS, (-seen.limit, seen.limit))
+    np.testing.assert_allclose(np.cumsum(seen.counts), np.cumsum(expected), atol=2)
+    low, high = seen.quantile(0.9)
+    assert np.mean(everything < low) == pytest.approx(0.05, abs=0.002)
+    assert np.mean(everything > high) == pytest.approx(0.05, abs=0.002)
+
+
+def test_histogram_takes_empty_and_infinite_values() -> None:
+    seen = Histogram()
+    seen.update(np.zeros(0, np.float32))
+    seen.update(np.array([np.nan, np.inf, -np.inf]))
+    assert not np.isfinite(seen.low)
+    seen.update(np.array([np.nan, 2.0, -1.0, np.inf]))
+    assert (seen.low, seen.high) == (-1.0, 2.0)
