@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 from onnxslim.quantization import QParams, activation_params, bias_params, quantize
-from onnxslim.units import Kind, Unit, connect, find_units, sources, stored_values
+from onnxslim.units import LOWERED, Kind, Unit, connect, find_units, sources, stored_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,8 @@ def insert(model: ir.Model, plan: Plan) -> None:
     for name, unit in units.items():
         if name in plan.chosen:
             writer.constants(unit)
+            if unit.op in LOWERED:
+                writer.lower(unit)
     for name, unit in units.items():
         if name in plan.chosen and unit.kind is Kind.PRODUCT:
             writer.product(unit)
@@ -156,6 +158,43 @@ class _Writer:
             params = activation_params(float(array.min()), float(array.max()))
             value = self._dequantized(unit, f"{unit.node.inputs[index].name}", quantize(array, params), params)  # type: ignore[union-attr]
             unit.node.replace_input_with(index, value)
+
+    def lower(self, unit: Unit) -> None:
+        """Make HardSigmoid and HardSwish of integer operators.
+
+        HardSigmoid(x) = clip(alpha x + beta, 0, 1): reading the stored x with the scale alpha * scale gives alpha x,
+        an Add of the constant beta follows, and storing the sum in [0, 1] clips it. HardSwish multiplies that by x.
+        """
+        node = unit.node
+        source = node.inputs[0]
+        assert source is not None
+        dq = source.producer()
+        scale = g.constant(dq.inputs[1]) if dq is not None else None
+        assert dq is not None and scale is not None
+        swish = node.op_type == "HardSwish"
+        alpha = 1 / 6 if swish else float(g.attribute(node, "alpha", 0.2))
+        beta = 0.5 if swish else float(g.attribute(node, "beta", 0.5))
+        name = node.outputs[0].name or unit.name
+        scaled = g.add_constant(self.graph, f"{name}_scale", np.asarray(scale * alpha, np.float32))
+        inputs = [dq.inputs[0], scaled, dq.inputs[2]]
+        slope = g.add_node(self.graph, "DequantizeLinear", inputs, before=node, hint=name, like=source)
+        params = activation_params(min(beta, 0.0), max(beta, 0.0))
+        offset = self._dequantized(unit, f"{name}_beta", quantize(np.array(beta), params), params)
+        end = g.add_node(self.graph, "Add", [slope.outputs[0], offset], before=node, hint=name, like=node.outputs[0])
+        if swish:
+            gate = activation_params(0.0, 1.0)
+            constants = [
+                g.add_constant(self.graph, f"{name}_gate_scale", gate.scale),
+                g.add_constant(self.graph, f"{name}_gate_zero_point", gate.zero_point),
+            ]
+            q = g.add_node(self.graph, "QuantizeLinear", [end.outputs[0], *constants], before=node, hint=name)
+            q.outputs[0].dtype = ir.DataType.UINT8
+            inputs = [q.outputs[0], *constants]
+            back = g.add_node(self.graph, "DequantizeLinear", inputs, before=node, hint=name, like=source)
+            inputs = [source, back.outputs[0]]
+            end = g.add_node(self.graph, "Mul", inputs, before=node, hint=name, like=node.outputs[0])
+        end.name = unit.name
+        g.replace(node.outputs[0], end.outputs[0])
 
     def product(self, unit: Unit) -> None:
         """Store weight and bias of a product."""

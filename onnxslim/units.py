@@ -69,6 +69,8 @@ _MOVES = (
 )  # fmt: skip
 _UNARY = ("Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool")
 _BINARY = ("Add", "Mul")
+# Without an integer kernel of their own, but made of operators that have one; see `onnxslim.qdq`.
+LOWERED = ("HardSigmoid", "HardSwish")
 
 
 def name_nodes(model: ir.Model) -> None:
@@ -101,7 +103,7 @@ def find_units(model: ir.Model) -> tuple[dict[str, Unit], dict[str, str]]:
         elif is_op(node, "Resize"):
             if attribute(node, "mode", "nearest") == "nearest" and (unit := _move(node, version)):
                 units[name] = unit
-        elif (is_op(node, *_BINARY, *_UNARY, "Concat")) and (unit := _glue(node)):
+        elif is_op(node, *_BINARY, *_UNARY, *LOWERED, "Concat") and (unit := _glue(node)):
             units[name] = unit
     for outer in model.graph:
         for attr in outer.attributes.values():
@@ -211,6 +213,8 @@ def _move(node: ir.Node, version: int) -> Unit | None:
 
 def _glue(node: ir.Node) -> Unit | None:
     if not all(_is_float(v) for v in node.inputs) or len(node.outputs) != 1:
+        return None
+    if node.op_type == "HardSigmoid" and attribute(node, "alpha", 0.2) <= 0:
         return None
     fixed = tuple(k for k, v in enumerate(node.inputs) if is_constant(v))
     if len(fixed) == len(node.inputs):

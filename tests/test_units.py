@@ -99,6 +99,8 @@ BETWEEN: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], str]] = {
         "QLinearConcat",
     ),
     "transpose": ([node("Transpose", ["c"], "m", perm=[0, 1, 3, 2])], {}, "Transpose"),
+    "hard-sigmoid": ([node("HardSigmoid", ["c"], "s", alpha=0.3), node("Mul", ["c", "s"], "m")], {}, "QLinearAdd"),
+    "hard-swish-operator": ([node("HardSwish", ["c"], "m")], {}, "QLinearMul"),
     "hard-swish": (
         [node("Add", ["c", "k"], "a"), node("Clip", ["a", "l", "h"], "i"), node("Mul", ["c", "i"], "m")],
         {"k": np.float32(3), "l": np.float32(0), "h": np.float32(6)},
@@ -116,7 +118,19 @@ def test_between_two_convolutions(name: str) -> None:
     found = kernels(result)
     assert kernel in found
     assert "QLinearConv" in found
-    left = {"Conv", "Relu", "Clip", "Add", "Mul", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "Concat"}
+    left = {
+        "Conv",
+        "Relu",
+        "Clip",
+        "Add",
+        "Mul",
+        "Sigmoid",
+        "HardSigmoid",
+        "LeakyRelu",
+        "AveragePool",
+        "GlobalAveragePool",
+        "Concat",
+    }
     assert not found & left
     assert error(model, result, X) < 0.05
 
