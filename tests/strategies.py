@@ -50,10 +50,14 @@ class Value:
 
 
 class Builder:
-    """Collects nodes and weights; every random decision comes from hypothesis, every number from a seed it drew."""
+    """Collects nodes and weights; every random decision comes from hypothesis, every number from a seed it drew.
 
-    def __init__(self, draw: Callable[..., Any], *, opset: int = 17, symbolic: bool = True) -> None:
+    ``share=False`` gives every node weights of its own.
+    """
+
+    def __init__(self, draw: Callable[..., Any], *, opset: int = 17, symbolic: bool = True, share: bool = True) -> None:
         self.draw = draw
+        self.share = share
         self.opset = opset
         self.symbolic = symbolic
         self.rng = np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -86,7 +90,7 @@ class Builder:
         shape = tuple(shape)
         same = [n for n, a in self.weights.items() if a.shape == shape and a.dtype == np.float32]
         same = [n for n in same if not positive or self.weights[n].min(initial=1.0) > 0.1]
-        if same and self.pick(False, False, True):
+        if same and self.share and self.pick(False, False, True):
             return self.pick(*same)
         array = self.rng.standard_normal(shape) * scale
         kind = self.pick("normal", "normal", "normal", "zero", "one") if math.prod(shape) < 32 else "normal"

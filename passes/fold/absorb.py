@@ -45,8 +45,13 @@ class Rewrite:
         return self.rest is not None and gemm_fits(self.linear)
 
     @property
+    def turned(self) -> ir.Node | None:
+        """The last node of the chain behind the operator, when it becomes the Add of ``rest``."""
+        return self.after[-1] if self.rest is not None and self.after and not self.becomes_gemm else None
+
+    @property
     def added(self) -> int:
-        """Nodes that `place` adds."""
+        """Nodes that stand behind the operator afterwards."""
         return int(self.rest is not None and not self.becomes_gemm)
 
 
@@ -111,7 +116,12 @@ def record(work: Work, edit: Edit, change: Rewrite) -> int:
     linear = change.linear
     node, dtype = linear.node, linear.w.dtype
     assert dtype is not None
-    edit.drop(change.after)
+    if change.turned is not None:
+        edit.drop(change.after[:-1])
+        edit.turn(change.turned, "Add", linear.y)
+    elif change.after:
+        edit.drop(change.after)
+        edit.redirect(change.after[-1].outputs[0], linear.y)
     if change.matrix is not None:
         edit.give(node, linear.weight, linear.layout(change.matrix), dtype)
     if change.bias is not None and linear.bias is not None:
@@ -120,8 +130,8 @@ def record(work: Work, edit: Edit, change: Rewrite) -> int:
         edit.give(node, linear.bias, linear.stored_bias(change.bias, matrix), stored_as)
     if change.rest is None:
         return -1
-    if change.added:
-        edit.expect(linear.y.name)
+    if change.added and change.turned is None:
+        edit.expect("Add", linear.y.name, linear.y)
     return edit.make(change.rest, dtype)
 
 
@@ -131,6 +141,9 @@ def place(work: Work, change: Rewrite, constants: list[ir.Value], position: int)
     node = linear.node
     if node.op_type == "Gemm" and change.bias is not None:
         node.attributes.pop("beta", None)
+    if change.turned is not None:
+        work.turn(change.turned, "Add", linear.y, constants[position])
+        return
     if change.after:
         work.bypass(change.after[-1].outputs[0], linear.y)
     if change.rest is None:
@@ -275,10 +288,13 @@ def _absorb_chain_before(work: Work, chain: Affine, linears: list[Linear]) -> st
             return "the zero padding of the operator behind it does not see its offset"
         return "the operator behind it has no room for its offset"
     edit = work.edit()
-    edit.drop(chain.nodes)
     position = -1
-    if offset is not None:
-        edit.expect(chain.x.name)
+    if offset is None:
+        edit.drop(chain.nodes)
+        edit.redirect(chain.y, chain.x)
+    else:
+        edit.drop(chain.nodes[:-1])
+        edit.turn(chain.nodes[-1], "Add", chain.x)
         position = edit.make(offset, dtype)
     positions = [record(work, edit, change) for change in changes]
     reason = edit.refusal()
@@ -287,18 +303,10 @@ def _absorb_chain_before(work: Work, chain: Affine, linears: list[Linear]) -> st
     for change in changes:
         work.done[f"before {change.linear.node.op_type}"] += 1
     constants = edit.commit()
-    source = chain.x
-    if offset is not None:
-        add = g.add_node(
-            work.graph,
-            "Add",
-            [source, constants[position]],
-            before=chain.nodes[0],
-            hint=source.name or "",
-            like=chain.y,
-        )
-        source = add.outputs[0]
-    g.replace(chain.y, source)
+    if offset is None:
+        g.replace(chain.y, chain.x)
+    else:
+        work.turn(chain.nodes[-1], "Add", chain.x, constants[position])
     for change, at in zip(changes, positions, strict=True):
         place(work, change, constants, at)
     edit.finish()

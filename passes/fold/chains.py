@@ -64,27 +64,24 @@ def _merge(work: Work, chain: Affine) -> bool:
         return False
     if not steps and chain.y.is_graph_output() and (chain.x.producer() is None or chain.x.is_graph_output()):
         return False  # an Identity would take the place of the node
-    edit = work.edit()
-    edit.drop(chain.nodes)
-    positions = []
-    for _, array in steps:
-        edit.expect(chain.x.name)
-        positions.append(edit.make(array, dtype))
+    kept = chain.nodes[len(chain.nodes) - len(steps) :]
+    edit = work.edit(strict=True)
+    edit.drop(chain.nodes[: len(chain.nodes) - len(steps)])
+    for node, (op_type, _) in zip(kept, steps, strict=True):
+        edit.turn(node, op_type, chain.x if node is kept[0] else kept[0].outputs[0])
+    positions = [edit.make(array, dtype) for _, array in steps]
+    if not steps:
+        edit.redirect(chain.y, chain.x)
     if edit.refusal() is not None:
         return False
     work.done["chains"] += 1
     constants = edit.commit()
     value = chain.x
-    for (op_type, _), position in zip(steps, positions, strict=True):
-        node = g.add_node(
-            work.graph,
-            op_type,
-            [value, constants[position]],
-            before=chain.nodes[0],
-            hint=chain.x.name or "",
-            like=chain.y,
-        )
+    for node, (op_type, _), position in zip(kept, steps, positions, strict=True):
+        work.turn(node, op_type, value, constants[position])
         value = node.outputs[0]
-    g.replace(chain.y, value)
+        value.shape = chain.y.shape if value is chain.y or keeps_shape(chain) else None
+    if not steps:
+        g.replace(chain.y, chain.x)
     edit.finish()
     return True

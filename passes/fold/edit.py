@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,16 +15,17 @@ from onnxslim.passes.fold.affine import limits
 # Weights above this many elements stay in their own type: a copy in float64 would cost too much memory.
 EXACT_ELEMENTS = 1 << 24
 CACHED_ELEMENTS = 1 << 25
-NAME_BYTES = 24  # what a constant or node costs in the file besides its content and the name it is derived from
 
 
 class Weights:
     """Constants in float64. What a fold wrote is remembered unrounded, so that folds in a row round once.
 
-    Arrays of more than `EXACT_ELEMENTS` elements are given in their own type.
+    Arrays of more than `EXACT_ELEMENTS` elements are given in their own type. ``saved`` counts the bytes by which the
+    file is smaller than at the beginning.
     """
 
     def __init__(self) -> None:
+        self.saved = 0
         self._exact: collections.OrderedDict[ir.Value, np.ndarray] = collections.OrderedDict()
         self._elements = 0
 
@@ -72,44 +74,68 @@ def representable(matrix: np.ndarray, dtype: ir.DataType) -> bool:
     return not bool(np.any((error > eps * size) & (error > eps**2 * size.max(initial=0.0))))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _New:
+    """A constant that an `Edit` writes: in full precision, rounded, and the existing one that holds the same."""
+
+    exact: np.ndarray
+    stored: np.ndarray
+    same: ir.Value | None = None
+
+
 class Edit:
     """New constants for input slots, and nodes that go; weighs itself, then makes the change whole.
 
+    A weight that others use too is copied only where what disappears weighs as much. A vector that was not there before
+    (a bias) may also use up what earlier folds have saved: the file as a whole never grows.
+
     Args:
         graph: the main graph, where constants live.
+        strict: this change alone must not make the file larger, whatever was saved before.
     """
 
-    def __init__(self, graph: ir.Graph, weights: Weights) -> None:
+    def __init__(self, graph: ir.Graph, weights: Weights, *, strict: bool = False) -> None:
         self._graph = graph
+        self._strict = strict
         self._weights = weights
-        self._slots: dict[tuple[ir.Node, int], tuple[np.ndarray, np.ndarray, ir.DataType]] = {}
+        self._slots: dict[tuple[ir.Node, int], _New] = {}
         self._dropped: dict[ir.Node, None] = {}
-        self._made: list[tuple[np.ndarray, np.ndarray, ir.Value | None]] = []
-        self._new_node_bytes = 0
+        self._turned: dict[ir.Node, None] = {}
+        self._made: list[_New] = []
+        self._node_bytes = 0
         self._problem: str | None = None
 
     def give(self, node: ir.Node, index: int, array: np.ndarray, dtype: ir.DataType) -> None:
         """Input ``index`` of ``node`` is to become ``array`` rounded to ``dtype``."""
         stored = self._round(array, dtype)
         if stored is not None:
-            self._slots[node, index] = (array, stored, dtype)
+            self._slots[node, index] = _New(array, stored)
 
     def make(self, array: np.ndarray, dtype: ir.DataType) -> int:
-        """A new constant is needed; `commit` returns it at this position. One that a dropped node read is reused."""
+        """A new constant is needed; `commit` returns it at this position. One that a node that goes read is reused."""
         stored = self._round(array, dtype)
         if stored is None:
             return -1
-        same = None
-        for node in self._dropped:
-            for value in node.inputs:
-                if value is not None and g.is_constant(value) and _equal(value, stored):
-                    same = value
-        self._made.append((array, stored, same))
+        read = (value for node in (*self._dropped, *self._turned) for value in node.inputs)
+        same = next((v for v in read if v is not None and g.is_constant(v) and _equal(v, stored)), None)
+        self._made.append(_New(array, stored, same))
         return len(self._made) - 1
 
-    def expect(self, hint: str | None) -> None:
-        """One more node will be added, its result named from ``hint``."""
-        self._new_node_bytes += 2 * NAME_BYTES + 3 * len(hint or "")
+    def expect(self, op_type: str, hint: str | None, like: ir.Value) -> None:
+        """One more node of two inputs will be added, its result named from ``hint`` and shaped like ``like``."""
+        name = len(hint or "") + len(op_type) + 4
+        self._node_bytes += 3 * name + len(op_type) + len(like.name or "") + 24 + _shape_bytes(like)
+
+    def turn(self, node: ir.Node, op_type: str, x: ir.Value) -> None:
+        """``node`` stays, with its result, as ``op_type(x, a constant of make)``; see `Work.turn`."""
+        self._turned[node] = None
+        names = (op_type, x.name, "offset_123", node.outputs[0].name, node.name)
+        self._node_bytes += sum(2 + len(name or "") for name in names) - ir.to_proto(node).ByteSize()
+
+    def redirect(self, old: ir.Value, new: ir.Value) -> None:
+        """The readers of ``old`` will read ``new``, whose name may be longer."""
+        longer = len(new.name or "") - len(old.name or "")
+        self._node_bytes += longer * (len(old.uses()) if not old.is_graph_output() else -2)
 
     def drop(self, nodes: Iterable[ir.Node]) -> None:
         """These nodes will go; the caller rewires their results before `finish`."""
@@ -119,32 +145,37 @@ class Edit:
         """Why the change must not be made, or None: a number out of range, or a larger file."""
         if self._problem is not None:
             return self._problem
-        growth = self._growth()
-        if growth <= 0:
+        growth, copied = self._growth()
+        allowed = 0 if copied or self._strict else max(self._weights.saved, 0)
+        if growth <= allowed:
             return None
-        shared = max((len(v.uses()) for v, own in self._old_values() if not own), default=0)
-        if shared > 1:
-            return f"its weight is shared by {shared} nodes: a copy would make the file {growth} bytes larger"
+        if copied:
+            users = max(len(old.uses()) for (node, index) in self._slots if (old := _input(node, index)) is not None)
+            return f"its weight has {users} uses: a copy would make the file {growth} bytes larger"
         return f"it would make the file {growth} bytes larger"
 
     def commit(self) -> list[ir.Value]:
         """Write the constants; returns those asked for with `make`."""
-        owned = {value for value, own in self._old_values() if own}
-        copies: dict[ir.Value | None, list[ir.Value]] = {}
-        made = [self._add("offset", exact, stored, same) for exact, stored, same in self._made]
-        for (node, index), (exact, stored, _) in self._slots.items():
-            old = node.inputs[index] if index < len(node.inputs) else None
-            earlier = next((v for v in copies.get(old, []) if _equal(v, stored)), None)
-            if earlier is None:
-                if old in owned and old is not None and old not in copies:
-                    earlier = old
-                    self._weights.write(old, exact, stored)
+        self._weights.saved -= self._growth()[0]
+        owned = self._owned()
+        written: dict[ir.Value | None, list[ir.Value]] = {}
+        made = []
+        for new in self._made:
+            made.append(new.same if new.same is not None else g.add_constant(self._graph, "offset", new.stored))
+            self._weights.remember(made[-1], new.exact)
+        for (node, index), new in self._slots.items():
+            old = _input(node, index)
+            values = written.setdefault(old, [])
+            if not any(_equal(value, new.stored) for value in values):
+                if old is not None and old in owned and not values:
+                    self._weights.write(old, new.exact, new.stored)
+                    values.append(old)
                 else:
-                    earlier = self._add(_hint(node, index), exact, stored, None)
-                copies.setdefault(old, []).append(earlier)
+                    values.append(g.add_constant(self._graph, _hint(node, index), new.stored))
+                    self._weights.remember(values[-1], new.exact)
             if index >= len(node.inputs):
                 node.resize_inputs(index + 1)
-            node.replace_input_with(index, earlier)
+            node.replace_input_with(index, next(value for value in values if _equal(value, new.stored)))
         return made
 
     def finish(self) -> None:
@@ -153,58 +184,63 @@ class Edit:
             if node.graph is not None:
                 node.graph.remove(node, safe=True)
 
-    def _add(self, hint: str, exact: np.ndarray, stored: np.ndarray, same: ir.Value | None) -> ir.Value:
-        value = same if same is not None else g.add_constant(self._graph, hint, stored)
-        self._weights.remember(value, exact)
-        return value
-
     def _round(self, array: np.ndarray, dtype: ir.DataType) -> np.ndarray | None:
         stored = rounded(array, dtype)
         if stored is None:
             self._problem = f"a constant would leave the range of {dtype.name.lower()}"
         return stored
 
-    def _old_values(self) -> list[tuple[ir.Value, bool]]:
-        """The constants that slots and dropped nodes read, each with whether nobody else reads it."""
-        slots = {(node, index) for node, index in self._slots}
-        read = {node.inputs[index]: None for node, index in self._slots if index < len(node.inputs)}
-        read.update(dict.fromkeys(v for node in self._dropped for v in node.inputs if g.is_constant(v)))
-        return [
-            (
-                value,
-                not value.is_graph_output()
-                and all(use.node in self._dropped or (use.node, use.idx) in slots for use in value.uses()),
-            )
+    def _owned(self) -> set[ir.Value]:
+        """The constants that nobody will read any more, or nobody but the slots that are given new ones."""
+        read = {_input(node, index) for node, index in self._slots}
+        gone = {**self._dropped, **self._turned}
+        read.update(v for node in gone for v in node.inputs if g.is_constant(v))
+        read -= {None, *(new.same for new in self._made)}
+        return {
+            value
             for value in read
             if value is not None
-        ]
+            and not value.is_graph_output()
+            and all(use.node in gone or (use.node, use.idx) in self._slots for use in value.uses())
+        }
 
-    def _growth(self) -> int:
-        """Bytes of the file after minus before: constants with their names, and the nodes that go and come."""
-        old_values = self._old_values()
-        owned = {value for value, own in old_values if own}
-        freed = sum(_bytes(v.const_value) for v in owned if v.const_value is not None)
+    def _growth(self) -> tuple[int, bool]:
+        """Bytes of the file after minus before, and whether a weight is copied."""
+        owned = self._owned()
+        added, copied = self._node_bytes, False
         written: dict[ir.Value | None, list[np.ndarray]] = {}
-        added = self._new_node_bytes
-        for (node, index), (_, stored, _) in self._slots.items():
-            old = node.inputs[index] if index < len(node.inputs) else None
+        for (node, index), new in self._slots.items():
+            old = _input(node, index)
             arrays = written.setdefault(old, [])
-            if any(a.shape == stored.shape and np.array_equal(a, stored) for a in arrays):
+            if any(a.shape == new.stored.shape and np.array_equal(a, new.stored) for a in arrays):
                 continue
-            in_place = old in owned and not arrays
-            arrays.append(stored)
-            name = len(_hint(node, index))
-            added += stored.nbytes + name + 8 + (0 if in_place else NAME_BYTES) + (name + 8 if old is None else 0)
-        for _, stored, same in self._made:
-            if same is None:
-                added += stored.nbytes + 2 * NAME_BYTES
-            elif same in owned and same.const_value is not None:
-                added += _bytes(same.const_value)
-        return added - freed - sum(ir.to_proto(node).ByteSize() for node in self._dropped)
+            copied = copied or (old is not None and (old not in owned or bool(arrays)))
+            name = len(_hint(node, index)) + (0 if old in owned and not arrays else 4)
+            arrays.append(new.stored)
+            added += _constant_bytes(new.stored, name) + (name + 2 if old is None else 0)
+        added += sum(_constant_bytes(new.stored, 12) for new in self._made if new.same is None)
+        freed = sum(_constant_bytes(v.const_value, len(v.name or "")) for v in owned if v.const_value is not None)
+        freed += sum(_node_bytes(node) for node in self._dropped)
+        return added - freed, copied
 
 
-def _bytes(tensor: ir.TensorProtocol) -> int:
-    return int(tensor.nbytes) + len(tensor.name or "") + 8
+def _constant_bytes(tensor: np.ndarray | ir.TensorProtocol, name: int) -> int:
+    """Bytes of an initializer whose name has ``name`` letters: content, sizes, name, and the tags around them."""
+    return int(tensor.nbytes) + 2 * len(tuple(tensor.shape)) + name + 14
+
+
+def _node_bytes(node: ir.Node) -> int:
+    """Bytes of a node and of what the file says about the shapes of its results."""
+    declared = [v for v in node.outputs if not v.is_graph_output() and v.type is not None]
+    return ir.to_proto(node).ByteSize() + 2 + sum(len(v.name or "") + _shape_bytes(v) for v in declared)
+
+
+def _shape_bytes(value: ir.Value) -> int:
+    return 8 + sum(4 if isinstance(d, int) else 4 + len(d.value or "") for d in value.shape or ())
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _equal(value: ir.Value, stored: np.ndarray) -> bool:
@@ -215,7 +251,6 @@ def _equal(value: ir.Value, stored: np.ndarray) -> bool:
 
 
 def _hint(node: ir.Node, index: int) -> str:
-    old = node.inputs[index] if index < len(node.inputs) else None
-    return (
-        old.name if old is not None else None
-    ) or f"{node.name or node.op_type}.{'weight' if index == 1 else 'bias'}"
+    old = _input(node, index)
+    name = old.name if old is not None else None
+    return name or f"{node.name or node.op_type}.{'weight' if index == 1 else 'bias'}"

@@ -29,9 +29,9 @@ class Work:
                 if node.graph is not None:
                     yield node
 
-    def edit(self) -> Edit:
+    def edit(self, *, strict: bool = False) -> Edit:
         """A new transaction on this model."""
-        return Edit(self.graph, self.weights)
+        return Edit(self.graph, self.weights, strict=strict)
 
     def stays(self, node: ir.Node, reason: str) -> None:
         """Note why ``node`` was not folded."""
@@ -44,6 +44,15 @@ class Work:
         if new.type is None:
             new.type = old.type
         g.replace(old, new)
+
+    def turn(self, node: ir.Node, op_type: str, x: ir.Value, constant: ir.Value) -> None:
+        """Make ``node`` compute ``op_type(x, constant)``; its result keeps name, type, shape and readers."""
+        node.op_type = op_type
+        node.attributes.clear()
+        node.resize_inputs(2)
+        node.resize_outputs(1)
+        node.replace_input_with(0, x)
+        node.replace_input_with(1, constant)
 
     def add_after(self, value: ir.Value, op_type: str, constant: ir.Value) -> None:
         """Insert ``op_type(value, constant)`` between ``value`` and everything that reads it, graph output or not."""
