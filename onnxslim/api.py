@@ -16,7 +16,7 @@ from onnxslim import data as data_io
 from onnxslim import model as model_io
 from onnxslim.checks import Budget, Checks, check_samples, generated
 from onnxslim.contract import Context, Effect, NoProgress, Pass, Progress
-from onnxslim.data import Data, Source
+from onnxslim.data import Data, Sample, Source
 from onnxslim.errors import CheckError, DataError, ModelError, UsageError
 from onnxslim.report import Report, plain
 
@@ -132,6 +132,12 @@ class _Given:
     def any(self) -> bool:
         return self.calibration is not None or self.evaluation is not None
 
+    @property
+    def same(self) -> bool:
+        """The same samples were given twice."""
+        named = isinstance(self.calibration, str | os.PathLike) and isinstance(self.evaluation, str | os.PathLike)
+        return self.calibration == self.evaluation if named else self.calibration is self.evaluation
+
 
 @dataclasses.dataclass(frozen=True)
 class _Samples:
@@ -156,7 +162,7 @@ def _samples(
         else:
             seen, runner = generated(model, source, _SYNTHETIC, seed=ctx.seed, shapes=given.shapes, threads=ctx.threads)
         # Samples that only judge are held back, unless nothing learns from the others.
-        unseen = judging is not None or (lossy and len(seen) > 1)
+        unseen = not given.same if judging is not None else lossy and len(seen) > 1
         if judging is None:
             seen, judging = seen.split(_HELD_OUT) if lossy else (seen, seen)
         for data in (judging, seen):
@@ -179,6 +185,16 @@ def _as_given(source: Any, loaded: ir.Model) -> ir.Model | str | bytes:
     if isinstance(source, onnx.ModelProto) and source.ByteSize() < runtime.IN_MEMORY:
         return bytes(source.SerializeToString())
     return loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class _Speed:
+    """Latency of a model and of the original, and the ratio of the two with its interval."""
+
+    original: runtime.Latency
+    latency: runtime.Latency
+    speedup: float
+    interval: tuple[float, float]
 
 
 class _Run:
@@ -222,12 +238,24 @@ class _Run:
 
     def _metric(self) -> metrics.Metric | None:
         first = self.samples.judging[0]
-        found = self.metric or metrics.suggested(first, [s.name for s in self.samples.judging.specs])
+        found = self.metric or self._suggested(first)
         if found is None and self.max_drop is not None:
             found = metrics.find("cosine")
             self.ctx.warnings.append("no labels and no metric: the budget is for the cosine to the original's outputs")
         if found is not None and found.needs_labels and "labels" not in first:
             raise UsageError(f"metric {found.name}: {self.samples.judging.origin} has no array 'labels': give --eval")
+        return found
+
+    def _suggested(self, first: Sample) -> metrics.Metric | None:
+        """``top1`` where the samples have labels that fit the outputs."""
+        assert self.runner is not None
+        found = metrics.suggested(first, [s.name for s in self.samples.judging.specs])
+        if found is not None:
+            try:
+                found(runtime.run(self.runner, self.samples.judging.feed(first)), first, {})
+            except DataError as error:
+                self.ctx.warnings.append(f"the labels were not used ({error}); give --metric")
+                return None
         return found
 
     def passes(self, chosen: Sequence[Pass]) -> tuple[ir.Model, list[pipeline.Step]]:
@@ -244,7 +272,7 @@ class _Run:
             item, ratio = slow
             chosen = [p for p in chosen if p is not item]
             self.ctx.warnings[:] = [*quiet, f"{item} was dropped: it made the model slower ({ratio:.2f}x)"]
-            self.checks.kept[1:] = []
+            self.checks.restart()
 
     def _sound(self, model: ir.Model) -> ir.Model:
         """The last kept model whose outputs, after all passes together, are still those of the original."""
@@ -252,7 +280,7 @@ class _Run:
             return model
         while True:
             name, model = self.checks.kept[-1]
-            broken = self.checks.measure(model)[0].broken(self.checks.noise)
+            broken = self.checks.measure(model)[0].broken(lambda: self.checks.noise(self.checks.evaluation))
             if broken is None:
                 return model
             if not name:
@@ -267,35 +295,46 @@ class _Run:
         if not kept:
             return None
         for _ in range(2):
-            compared = self._compare([model for _, model in kept])
-            if compared.interval[-1][1] >= 1:
+            speeds = self._compare([model for _, model in kept])
+            if speeds[-1].interval[1] >= 1:
                 return None
-        steps = [b / a for a, b in zip([1.0, *compared.speedup[1:]], compared.speedup[1:], strict=False)]
+        ratios = [s.speedup for s in speeds]
+        steps = [b / a for a, b in zip([1.0, *ratios], ratios, strict=False)]
         worst = min(range(len(steps)), key=steps.__getitem__)
         return next(p for p in chosen if str(p) == kept[worst][0]), steps[worst]
 
-    def _compare(self, models: Sequence[ir.Model], ep: str = "cpu") -> runtime.Comparison:
-        """Latencies of the original and of ``models``, interleaved, in sessions of their own."""
+    def _compare(self, models: Sequence[ir.Model], ep: str = "cpu") -> list[_Speed]:
+        """Latency of each of ``models`` beside the original's, interleaved, in sessions of their own.
+
+        Two sessions of one file differ by more than the rounds of a session do (where memory came to lie). The
+        original therefore runs twice, and every interval is wider by how much its two sessions differ.
+        """
         source = _as_given(self.source, self.original)
-        runners = [runtime.load(m, ep=ep, threads=self.ctx.threads) for m in (source, *models)]
+        runners = [runtime.load(m, ep=ep, threads=self.ctx.threads) for m in (source, source, *models)]
         timed = self.samples.judging.spread(_TIMED)
         feeds = [list(timed.feeds())] * len(runners)
-        return runtime.compare_latency(runners, feeds, seconds=self.bench_seconds, seed=self.ctx.seed)
+        compared = runtime.compare_latency(runners, feeds, seconds=self.bench_seconds, seed=self.ctx.seed)
+        noise = abs(1 - compared.speedup[1])
+        return [
+            _Speed(compared.latency[0], latency, speedup, (low - noise, high + noise))
+            for latency, speedup, (low, high) in zip(
+                compared.latency[2:], compared.speedup[2:], compared.interval[2:], strict=True
+            )
+        ]
 
     def _measure_latency(self, model: ir.Model) -> None:
         ep = self.ctx.target
         if not runtime.available(ep):
             self.ctx.warnings.append(f"the installed onnxruntime has no {runtime.PROVIDERS[ep]}: measured on cpu")
             ep = "cpu"
-        compared = self._compare([model], ep)
-        old, new = (dataclasses.asdict(latency) for latency in compared.latency)
+        (speed,) = self._compare([model], ep)
         self.bench = [
             {
                 "ep": ep,
-                "latency_ms": new,
-                "original_latency_ms": old,
-                "speedup": compared.speedup[1],
-                "interval": list(compared.interval[1]),
+                "latency_ms": dataclasses.asdict(speed.latency),
+                "original_latency_ms": dataclasses.asdict(speed.original),
+                "speedup": speed.speedup,
+                "interval": list(speed.interval),
                 "threads": self.ctx.threads,
             }
         ]

@@ -60,7 +60,7 @@ class Checks:
         self._data = data
         self._original = runner
         self._reference = verify.Reference(runner, data) if runner is not None else None
-        self._noise: verify.Fidelity | None = None
+        self._noise: dict[int, verify.Fidelity] = {}
         self._measured: tuple[ir.Model, verify.Fidelity, float | None] | None = None
 
     def __call__(self, before: ir.Model, after: ir.Model, item: Pass) -> str | None:
@@ -119,19 +119,31 @@ class Checks:
             self._measured = model, fidelity, value
         return self._measured[1], self._measured[2]
 
-    def noise(self) -> verify.Fidelity:
-        """What the original does to itself when ONNX Runtime orders its arithmetic differently."""
-        if self._noise is None:
-            assert self._original is not None
-            original = self.kept[0][1]
-            plain = runtime.load(original, threads=self._ctx.threads, optimize=False)
-            self._noise, _ = verify.measure(verify.Reference(self._original, self._data), plain)
-            if self._noise.broken() is not None:
+    def noise(self, reference: verify.Reference | None = None) -> verify.Fidelity:
+        """What the original does to itself when ONNX Runtime orders its arithmetic differently.
+
+        Measured on the samples of ``reference``, by default on the check samples.
+        """
+        assert self._original is not None
+        data = self._data if reference is None else reference.data
+        if id(data) not in self._noise:
+            plain = runtime.load(self.kept[0][1], threads=self._ctx.threads, optimize=False)
+            found, _ = verify.measure(reference or verify.Reference(self._original, data), plain)
+            if found.broken() is not None and not any(f.broken() for f in self._noise.values()):
                 self._ctx.warnings.append(
                     "the original does not repeat itself: with ONNX Runtime's own optimizations off, "
-                    f"{self._noise.broken()}; lossless passes were held to that"
+                    f"{found.broken()}; lossless passes were held to that"
                 )
-        return self._noise
+            self._noise[id(data)] = found
+        return self._noise[id(data)]
+
+    def restart(self) -> None:
+        """Forget every pass, to judge another pipeline from the original on."""
+        self.kept[1:] = []
+        self.failed.clear()
+        self.missed.clear()
+        if self._original is not None:
+            self._reference = verify.Reference(self._original, self._data)
 
 
 def generated(

@@ -6,6 +6,7 @@ nothing was written; 123 a defect of onnxslim, and a folder ``repro`` holds what
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,10 @@ def _check_target(source: Path, target: Path, json_to: str | None) -> None:
     """Find out before the work that the result could not be written."""
     if not source.is_file():
         raise UsageError(f"{source}: {'is a folder, not an ONNX file' if source.is_dir() else 'no such file'}")
-    for path in (target, *([Path(json_to)] if json_to not in (None, "-") else [])):
+    report = [Path(json_to)] if json_to is not None and json_to != "-" else []
+    if report and report[0].absolute() == target.absolute():
+        raise UsageError(f"{target}: cannot hold both the model and the report")
+    for path in (target, *report):
         if path.exists() and path.samefile(source):
             raise UsageError(f"{path}: is the input, which is never touched; give another name")
         if path.is_dir():
@@ -277,8 +281,8 @@ def main(args: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         message("onnxslim: interrupted")
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # whoever read the output has seen enough; what is still buffered must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OnnxslimError as error:
         message(f"onnxslim: {' '.join(str(error).split())}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 T = TypeVar("T")
 # Shorter loops need no progress bar.
@@ -30,36 +31,39 @@ def message(text: str) -> None:
 
 
 class Bars:
-    """Progress bars on a terminal, for loops that take longer than two seconds."""
+    """Progress bars on a terminal, one below the other for loops within loops, each after two seconds."""
 
     def __init__(self) -> None:
-        self._depth = 0
+        self._display: Progress | None = None
 
     def track(self, items: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:
         """Yield ``items``; after two seconds a bar shows how many of ``total`` have passed."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        start, done, bar, task = time.monotonic(), 0, None, None
+        start, done, task = time.monotonic(), 0, None
         try:
             for item in items:
                 yield item
                 done += 1
-                if bar is None and self._depth == 0 and console.is_terminal and time.monotonic() - start > PATIENCE:
-                    columns = (
-                        TextColumn("{task.description}"),
-                        BarColumn(),
-                        MofNCompleteColumn(),
-                        TimeRemainingColumn(),
-                    )
-                    bar = Progress(*columns, console=console, transient=True)
-                    bar.start()
-                    self._depth += 1
-                    task = bar.add_task(label, total=total, completed=done)
-                elif bar is not None and task is not None:
-                    bar.update(task, completed=done)
+                if task is not None and self._display is not None:
+                    self._display.update(task, completed=done)
+                elif time.monotonic() - start > PATIENCE and sys.stderr.isatty():
+                    task = self._begin(label, total, done)
         finally:
-            if bar is not None:
-                bar.stop()
-                self._depth -= 1
+            if task is not None:
+                self._end(task)
+
+    def _begin(self, label: str, total: int | None, done: int) -> TaskID:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._display is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._display = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._display.start()
+        return self._display.add_task(label, total=total, completed=done)
+
+    def _end(self, task: TaskID) -> None:
+        assert self._display is not None
+        self._display.remove_task(task)
+        if not self._display.tasks:
+            self._display.stop()
+            self._display = None

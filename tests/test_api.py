@@ -182,6 +182,10 @@ def test_calibration_keeps_all_samples_when_others_judge(tiny: Path, samples: Ma
     assert result.report.passes[1]["stats"]["samples"] == 8
     assert result.report.fidelity is not None
     assert (result.report.fidelity["samples"], result.report.fidelity["held_out"]) == (5, True)
+    twice = samples(8)
+    seen = _optimize(tiny, "scale", calibration=twice, evaluation=twice).report.fidelity
+    assert seen is not None
+    assert not seen["held_out"], "they are the same samples"
 
 
 def test_a_pass_without_data_is_named(tiny: Path) -> None:
@@ -236,6 +240,15 @@ def test_a_metric_needs_its_labels(tiny: Path, samples: Maker) -> None:
     for data in ({}, {"evaluation": {"x": samples()["x"]}}):
         with pytest.raises(UsageError, match="has no array 'labels'"):
             _optimize(tiny, "scale", metric="top1", **data)
+
+
+def test_labels_that_do_not_fit_are_left_out_unless_asked_for(tiny: Path, samples: Maker) -> None:
+    odd = {"x": samples(8)["x"], "labels": np.full(8, 1000)}
+    result = _optimize(tiny, evaluation=odd)
+    assert result.report.metric is None
+    assert any("the labels were not used" in line for line in result.report.warnings)
+    with pytest.raises(DataError, match="label 1000 with 3 classes"):
+        _optimize(tiny, evaluation=odd, metric="top1")
 
 
 def test_a_nan_is_a_warning_of_a_lossy_result(tiny: Path, samples: Maker) -> None:

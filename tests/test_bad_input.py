@@ -183,6 +183,7 @@ def test_the_output_must_be_another_file_in_a_folder(
     for out in (str(tiny), "tiny.onnx", "./folder/../tiny.onnx", "link.onnx"):
         assert "is the input, which is never touched" in _fails(capsys, tmp_path, str(tiny), out)
     assert "is the input" in _fails(capsys, tmp_path, str(tiny), "out.onnx", "--json", str(tiny))
+    assert "both the model and the report" in _fails(capsys, tmp_path, str(tiny), "o.onnx", "--json", "o.onnx")
     assert "is a folder" in _fails(capsys, tmp_path, str(tiny), "folder")
     assert "does not exist" in _fails(capsys, tmp_path, str(tiny), "nowhere/out.onnx")
     assert "Missing argument" in _fails(capsys, tmp_path, str(tiny))
