@@ -14,7 +14,7 @@ from onnxslim.branches import inline_constant_if
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.folding import fold_constants
 from onnxslim.graph import add_constant, is_constant, replace, subgraphs
-from onnxslim.layouts import remove_transposes
+from onnxslim.layouts import remove_changes
 from onnxslim.liveness import remove_unread
 from onnxslim.noops import unchanged
 from onnxslim.pairs import merge_pair
@@ -76,7 +76,7 @@ class _Run:
         self.stats["dead_outputs"] += outputs
         self.stats["sizes_rebuilt"] += Rebuilder(self.model, shapes).run()
         self.stats["slices_split"] += split_slices(self.model, shapes)
-        self.stats["transposes_saved"] += remove_transposes(self.model, shapes)
+        self.stats["layouts_saved"] += remove_changes(self.model, shapes)
         for value, (kind, shape) in zip(self.model.graph.outputs, signature, strict=True):
             value.type, value.shape = kind, shape
         return self.stats.total() - before + dead

@@ -12,7 +12,7 @@ from onnxslim import model as model_io
 from onnxslim.contract import Context
 from onnxslim.data import Data
 from onnxslim.graph import count_nodes
-from onnxslim.layouts import remove_transposes
+from onnxslim.layouts import remove_changes
 from onnxslim.liveness import remove_unread
 from onnxslim.passes.simplify import Simplify
 from onnxslim.shapes import Shapes
@@ -77,6 +77,23 @@ def test_two_operands_share_the_transpose_after_them() -> None:
     np.testing.assert_array_equal(run(proto)[0], run(result)[0])
 
 
+def test_reshapes_around_elementwise_operators_cancel() -> None:
+    proto = build(
+        """(float[batch, sequence, 8] x) => (float[batch, sequence, 8] y) {
+            a = Reshape(x, flat)
+            b = Relu(a)
+            c = Mul(b, half)
+            d = Shape(x)
+            y = Reshape(c, d)
+        }""",
+        ("flat", np.array([-1, 8])),
+        ("half", np.array([[0.5]], np.float32)),
+    )
+    result = simplified(proto)
+    assert operators(result) == ["Relu", "Mul"]
+    np.testing.assert_array_equal(run(proto)[0], run(result)[0])
+
+
 def test_a_single_transpose_stays_where_it_is() -> None:
     proto = build("(float[2, 3] x) => (float[3, 2] y) { a = Transpose<perm=[1, 0]>(x)\n y = Relu(a) }")
     assert operators(simplified(proto)) == ["Transpose", "Relu"]
@@ -90,11 +107,19 @@ def random_graph(seed: int) -> onnx.ModelProto:
     for k in range(int(rng.integers(6, 22))):
         name, (source, shape) = f"v{k}", values[int(rng.integers(max(0, len(values) - 5), len(values)))]
         partners = [n for n, s in values if s == shape]
-        kind = rng.choice(["t", "t", "t", "unary", "binary", "weight", "softmax", "reduce", "concat", "pad", "slice"])
+        kind = rng.choice(
+            ["t", "t", "t", "unary", "binary", "weight", "softmax", "view", "view", "reduce", "concat", "pad", "slice"]
+        )
         if kind == "t":
             perm = [[0, 2, 3, 1], [0, 3, 1, 2], [0, 2, 1, 3]][int(rng.integers(3))]
             nodes.append(helper.make_node("Transpose", [source], [name], perm=perm))
             shape = tuple(shape[p] for p in perm)
+        elif kind == "view":
+            weights.append(numpy_helper.from_array(np.array([-1, shape[3]]), f"f{k}"))
+            weights.append(numpy_helper.from_array(np.array([-1, *shape[1:]]), f"g{k}"))
+            nodes.append(helper.make_node("Reshape", [source, f"f{k}"], [f"{name}_f"]))
+            nodes.append(helper.make_node("Neg", [f"{name}_f"], [f"{name}_n"]))
+            nodes.append(helper.make_node("Reshape", [f"{name}_n", f"g{k}"], [name]))
         elif kind == "unary":
             nodes.append(helper.make_node(str(rng.choice(["Relu", "Sigmoid", "Neg"])), [source], [name]))
         elif kind == "binary":
@@ -145,7 +170,7 @@ def test_random_graphs_keep_their_bits_and_lose_nodes(block: int) -> None:
         proto = random_graph(seed)
         model = model_io.load(proto)
         before = count_nodes(model)
-        saved = remove_transposes(model, Shapes(model).run())
+        saved = remove_changes(model, Shapes(model).run())
         remove_unread(model)
         alone = model_io.to_proto(model)
         result = simplified(proto)
