@@ -11,8 +11,10 @@ import onnx_ir as ir
 from onnxslim import graph as g
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.passes.fold.absorb import HEAVY, LIGHT, absorb_after, absorb_before
+from onnxslim.passes.fold.branches import merge_branches
 from onnxslim.passes.fold.chains import merge_chains
 from onnxslim.passes.fold.pads import absorb_pads
+from onnxslim.passes.fold.products import merge_products
 from onnxslim.passes.fold.work import Work
 from onnxslim.sharing import deduplicate_initializers
 
@@ -24,6 +26,8 @@ RULES: Sequence[Callable[[Work], None]] = (
     lambda work: absorb_before(work, HEAVY),
     lambda work: absorb_after(work, LIGHT),
     lambda work: absorb_before(work, LIGHT),
+    merge_products,
+    merge_branches,
     merge_chains,
 )
 # Elementwise broadcasting as it is known since operator set 7; before that it is an attribute.
@@ -43,6 +47,10 @@ class Fold(Pass):
       ConvTranspose 1x1 with stride 1). Before a padded operator, ``x + t / s`` stays when that saves a node.
     * runs of elementwise nodes: always exact; constants that round on purpose or whose product takes more bytes stay.
     * MatMul and Add: Gemm when the data is a matrix and the constant varies along the output channels only.
+    * two linear operators in a row, one of them pointwise: exact when the pointwise one is the second, or when the
+      second pads nothing or no bias stands in between. Only where the product has no more weights than the two.
+    * branches that are added (3x3 + 1x1 + identity of RepVGG, ``W x + B (A x)`` of LoRA): exact when they read the same
+      value at positions that the largest of them reads, with one stride, and give results of one size.
     * Pad by constant amounts of spatial axes: zeros into Conv; zeros into AveragePool that counts them; into MaxPool
       what can never be the maximum of a window.
 

@@ -38,9 +38,9 @@ class Work:
         self.reasons.setdefault(node, reason)
 
     def bypass(self, old: ir.Value, new: ir.Value) -> None:
-        """Users of ``old`` read ``new``, the same tensor; name, type and shape of a graph output are kept."""
-        if old.is_graph_output() or new.shape is None:
-            new.shape = old.shape if old.shape is not None else new.shape
+        """Users of ``old`` read ``new``, which holds what ``old`` held; a graph output keeps name, type and shape."""
+        if old.is_graph_output() or old.shape is not None:
+            new.shape = old.shape
         if new.type is None:
             new.type = old.type
         g.replace(old, new)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -21,7 +21,7 @@ from strategies import Builder, Case, Value, conv, conv_transpose, gemm, matmul
 from onnxslim import model as model_io
 from onnxslim import runtime
 
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 RNG = np.random.default_rng(0)
 
 
@@ -810,3 +810,178 @@ def test_long_networks_are_folded_whole() -> None:
     result, outcomes = apply(model, "fold")
     assert outcomes[0].stats["after Conv"] == depth
     assert operators(result) == ["Conv", "Relu"] * depth
+
+
+# -- linear operators in a row --------------------------------------------------------------------------------------
+
+
+def test_products_of_matrices_are_merged_when_that_has_no_more_weights() -> None:
+    nodes = [node("MatMul", "x v", "p"), node("Add", "p a", "q"), node("MatMul", "q w", "r"), node("Add", "r b")]
+    feeds = {"x": normal(2, 5, 6)}
+
+    def through(width: int) -> list[str]:
+        parts = {"v": normal(6, width), "a": normal(width), "w": normal(width, 6), "b": normal(6)}
+        return operators(fold(net(nodes, {"x": [2, 5, 6]}, parts), feeds))
+
+    assert through(8) == ["MatMul", "Add"]
+    assert through(3) == ["MatMul", "Add"]
+    assert through(2) == ["MatMul", "MatMul", "Add"]
+
+
+def test_gemm_products_keep_all_their_factors() -> None:
+    nodes = [
+        node("Gemm", "x v a", "p", alpha=0.5, beta=3.0, transB=1), node("Gemm", "p w b", alpha=-2.0, beta=0.25),
+    ]  # fmt: skip
+    parts = {"v": normal(7, 4), "a": normal(7), "w": normal(7, 3), "b": normal(1, 3)}
+    assert operators(fold(net(nodes, {"x": ["n", 4]}, parts), {"x": normal(5, 4)})) == ["Gemm"]
+    # Transposed data: the rows of the first result are not the channels of the second.
+    nodes[1] = node("Gemm", "p w b", transA=1)
+    parts = {"v": normal(5, 4), "a": normal(5), "w": normal(5, 3), "b": normal(1, 3)}
+    assert operators(fold(net(nodes, {"x": [5, 4]}, parts), {"x": normal(5, 4)})) == ["Gemm", "Gemm"]
+
+
+@FEW
+@given(st.data())
+def test_a_pointwise_convolution_merges_with_any_before_it(data: st.DataObject) -> None:
+    pick = lambda *options: data.draw(st.sampled_from(options))  # noqa: E731
+    op, group, inner, out = pick("Conv", "ConvTranspose"), pick(1, 2), pick(4, 8), pick(2, 4)
+    group_behind = pick(1, 2)
+    k = pick(1, 2, 3)
+    attributes = {"strides": [pick(1, 2)], "pads": [pick(0, 1), 0], "dilations": [pick(1, 2)], "group": group}
+    shape = (inner, 4 // group, k) if op == "Conv" else (4, inner // group, k)
+    parts = {"v": normal(*shape), "w": normal(out, inner // group_behind, 1), "a": normal(inner), "b": normal(out)}
+    nodes = [node(op, "x v a", "c", **attributes), node("Conv", "c w b", group=group_behind)]
+    model = net(nodes, {"x": [2, 4, 9]}, parts)
+    result = fold(model, {"x": normal(2, 4, 9)})
+    merged = 4 * out // min(group, group_behind) * k
+    enlarges = attributes["pads"][0] > attributes["dilations"][0] * (k - 1)
+    fits = merged <= parts["v"].size + parts["w"].size and not enlarges
+    assert operators(result) == ([op] if fits else [op, "Conv"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("op", "attributes"), [("Conv", {"pads": [1, 1]}), ("Conv", {}), ("ConvTranspose", {})])
+def test_a_pointwise_convolution_merges_with_one_behind_unless_padding_sees_its_bias(
+    op: str, attributes: dict[str, Any], bias: bool
+) -> None:
+    nodes = [node("Conv", "x v a" if bias else "x v", "c"), node(op, "c w b", **attributes)]
+    parts = {"v": normal(8, 3, 1), "w": normal(8, 2, 3) if op == "ConvTranspose" else normal(2, 8, 3), "b": normal(2)}
+    if bias:
+        parts["a"] = normal(8)
+    result = fold(net(nodes, {"x": [1, 3, 7]}, parts), {"x": normal(1, 3, 7)})
+    exact = not bias or (op == "Conv" and not attributes)
+    assert operators(result) == ([op] if exact else ["Conv", op])
+
+
+def test_two_wide_kernels_and_strided_pointwise_ones_stay() -> None:
+    feeds = {"x": normal(1, 3, 9)}
+    wide = [node("Conv", "x v", "c"), node("Conv", "c w")]
+    assert len(operators(fold(net(wide, {"x": [1, 3, 9]}, {"v": normal(9, 3, 2), "w": normal(1, 9, 2)}), feeds))) == 2
+    strided = [node("Conv", "x v", "c", strides=[2]), node("Conv", "c w")]
+    assert (
+        len(operators(fold(net(strided, {"x": [1, 3, 9]}, {"v": normal(9, 3, 1), "w": normal(1, 9, 2)}), feeds))) == 2
+    )
+    behind = [node("Conv", "x v", "c"), node("Conv", "c w", strides=[2])]
+    assert len(operators(fold(net(behind, {"x": [1, 3, 9]}, {"v": normal(9, 3, 2), "w": normal(1, 9, 1)}), feeds))) == 2
+
+
+def test_a_result_in_between_that_others_read_keeps_the_pair() -> None:
+    nodes = [node("MatMul", "x v", "p"), node("MatMul", "p w", "y"), node("Relu", "p", "z")]
+    parts = {"v": normal(4, 8), "w": normal(8, 4)}
+    model = net(nodes, {"x": [2, 3, 4]}, parts, ("y", "z"))
+    assert operators(fold(model, {"x": normal(2, 3, 4)})).count("MatMul") == 2
+    output = net(nodes[:2], {"x": [2, 3, 4]}, parts, ("y", "p"))
+    assert operators(fold(output, {"x": normal(2, 3, 4)})).count("MatMul") == 2
+
+
+# -- branches that are added ----------------------------------------------------------------------------------------
+
+
+def test_a_repvgg_block_becomes_one_convolution() -> None:
+    nodes = [
+        node("Conv", "x v", "c3", pads=[1, 1, 1, 1], group=2), node("BatchNormalization", f"c3 {BN}", "n3"),
+        node("Conv", "x w", "c1", group=2), node("BatchNormalization", "c1 1scale 1shift 1mean 1var", "n1"),
+        node("BatchNormalization", "x 0scale 0shift 0mean 0var", "n0"),
+        node("Add", "n3 n1", "s"), node("Add", "s n0", "t"), node("Relu", "t"),
+    ]  # fmt: skip
+    parts = {"v": normal(6, 3, 3, 3), "w": normal(6, 3, 1, 1), **batchnorm(6), **batchnorm(6, "1"), **batchnorm(6, "0")}
+    model = net(nodes, {"x": ["n", 6, "h", 7]}, parts)
+    assert operators(fold(model, {"x": normal(2, 6, 5, 7)})) == ["Conv", "Relu"]
+
+
+@FEW
+@given(st.data())
+def test_convolutions_that_are_added_merge_when_one_reads_all_the_other_reads(data: st.DataObject) -> None:
+    pick = lambda *options: data.draw(st.sampled_from(options))  # noqa: E731
+    branches, parts = [], {}
+    loss, stride = pick(0, 2), pick(1, 2)
+    for k in range(2):
+        taps, group, dilation = pick(3, 1, 5, 2), pick(1, 4), pick(1, 1, 2)
+        padding = max(dilation * (taps - 1) - loss, 0) if pick(True, True, False) else pick(0, 1, 2, 3)
+        before = data.draw(st.integers(0, padding))
+        strides = [stride if pick(True, True, False) else 1]
+        branches.append(
+            {"strides": strides, "dilations": [dilation], "pads": [before, padding - before], "group": group}
+        )
+        parts[f"w{k}"], parts[f"b{k}"] = normal(4, 4 // group, taps), normal(4)
+    nodes = [node("Conv", f"x w{k} b{k}", f"c{k}", **branches[k]) for k in range(2)]
+    nodes.append(node(pick("Add", "Sub"), "c0 c1"))
+    model = net(nodes, {"x": [2, 4, 12]}, parts)
+    try:
+        expected = run(model, {"x": normal(2, 4, 12)})
+    except Exception:  # results of different sizes
+        assume(False)
+    result = fold(model, {"x": normal(2, 4, 12)})
+    assert expected["y"].shape == run(result, {"x": normal(2, 4, 12)})["y"].shape
+    reads = [
+        {t * b["dilations"][0] - b["pads"][0] for t in range(parts[f"w{k}"].shape[2])} for k, b in enumerate(branches)
+    ]
+    sizes = [sum(b["pads"]) - b["dilations"][0] * (parts[f"w{k}"].shape[2] - 1) for k, b in enumerate(branches)]
+    same = sizes[0] == sizes[1] and branches[0]["strides"] == branches[1]["strides"]
+    fits = any(
+        reads[other] <= reads[host] and branches[other]["group"] % branches[host]["group"] == 0
+        for host, other in ((0, 1), (1, 0))
+    )
+    assert len(result.graph.node) == (1 if same and fits else 3)
+
+
+def test_the_data_itself_is_added_only_where_sizes_agree() -> None:
+    def merged(pads: list[int], strides: list[int], channels: int) -> bool:
+        nodes = [node("Conv", "x w b", "c", pads=pads, strides=strides), node("Add", "x c")]
+        model = net(nodes, {"x": [1, channels, 1]}, {"w": normal(4, channels, 3), "b": normal(4)}, {"y": None})
+        return operators(fold(model, {"x": normal(1, channels, 1)})) == ["Conv"]
+
+    assert merged([1, 1], [1], 4)
+    assert not merged([2, 1], [1], 4)  # results of two and one positions: the data is broadcast
+    assert not merged([1, 1], [2], 4)
+    assert not merged([1, 1], [1], 1)
+
+
+def test_a_low_rank_update_merges_into_its_matrix() -> None:
+    nodes = [
+        node("MatMul", "x w", "p"), node("MatMul", "x a", "q"), node("MatMul", "q b", "r"),
+        node("Mul", "r half", "s"), node("Add", "p s"),
+    ]  # fmt: skip
+    parts = {"w": normal(8, 8), "a": normal(8, 2), "b": normal(2, 8), "half": np.float32(0.5)}
+    assert operators(fold(net(nodes, {"x": [2, 3, 8]}, parts), {"x": normal(2, 3, 8)})) == ["MatMul"]
+
+
+def test_branches_of_different_values_stay() -> None:
+    nodes = [node("MatMul", "x w", "p"), node("MatMul", "z v", "q"), node("Add", "p q")]
+    model = net(nodes, {"x": [2, 3, 4], "z": [2, 3, 4]}, {"w": normal(4, 5), "v": normal(4, 5)})
+    assert len(operators(fold(model, {"x": normal(2, 3, 4), "z": normal(2, 3, 4)}))) == 3
+
+
+def test_branches_that_others_read_stay() -> None:
+    nodes = [node("MatMul", "x w", "p"), node("MatMul", "x v", "q"), node("Add", "p q"), node("Relu", "q", "z")]
+    model = net(nodes, {"x": [2, 3, 4]}, {"w": normal(4, 5), "v": normal(4, 5)}, ("y", "z"))
+    result = fold(model, {"x": normal(2, 3, 4)})
+    assert operators(result).count("MatMul") == 2
+    outputs = net(nodes[:3], {"x": [2, 3, 4]}, {"w": normal(4, 5), "v": normal(4, 5)}, ("y", "q", "p"))
+    assert operators(fold(outputs, {"x": normal(2, 3, 4)})).count("MatMul") == 2
+
+
+def test_products_over_different_axes_are_not_added() -> None:
+    nodes = [node("MatMul", "x w", "p"), node("MatMul", "v x", "q"), node("Add", "p q")]
+    model = net(nodes, {"x": [2, 4, 4]}, {"w": normal(4, 4), "v": normal(4, 4)})
+    assert len(operators(fold(model, {"x": normal(2, 4, 4)}))) == 3
