@@ -155,25 +155,28 @@ def generated(
     shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int = 0,
 ) -> tuple[Data, runtime.Runner]:
-    """Samples for ``model`` that ``source``, the form of it that is run, accepts, and its runner.
+    """At most ``count`` samples for ``model`` that ``source``, the form of it that is run, accepts, and its runner.
 
     Symbolic dimensions start small and grow until the model runs: a network with a window of 256 samples refuses 16.
+    What depends on the contents of an input (a shape, an index) may fail for some samples; those are left out.
 
     Raises:
-        ModelError: it cannot be loaded, or runs at none of the sizes; the message is that of the smallest.
+        ModelError: it cannot be loaded, or runs on none of them; the message is that of the first.
     """
     runner = runtime.load(source, threads=threads)
-    first: ModelError | None = None
+    errors: list[ModelError] = []
     for scale in (1, 4, 16, 64):
         data = synthetic(model, count, seed=seed, shapes=shapes, scale=scale)
-        try:
-            runtime.run(runner, data.feed(data[0]), "the original model")
-        except ModelError as error:
-            first = first or error
-        else:
-            return data, runner
-    assert first is not None
-    raise first
+        accepted = []
+        for k, sample in enumerate(data):
+            try:
+                runtime.run(runner, data.feed(sample), "the original model")
+                accepted.append(k)
+            except ModelError as error:
+                errors.append(error)
+        if accepted:
+            return data.pick(accepted), runner
+    raise errors[0]
 
 
 def check_samples(runner: runtime.Runner, data: Data, count: int) -> Data:

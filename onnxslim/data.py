@@ -93,15 +93,16 @@ class Data(Sequence[Sample]):
         second = list(range(step - 1, self._length, step)) or [self._length - 1]
         taken = set(second)
         first = [k for k in range(self._length) if k not in taken]
-        return self._pick(first), self._pick(second)
+        return self.pick(first), self.pick(second)
 
     def spread(self, count: int) -> Data:
         """At most ``count`` samples, spread evenly over the sequence (files are often sorted by class)."""
         if count >= self._length:
             return self
-        return self._pick([int(k) for k in np.linspace(0, self._length - 1, count).round()])
+        return self.pick([int(k) for k in np.linspace(0, self._length - 1, count).round()])
 
-    def _pick(self, indices: list[int]) -> Data:
+    def pick(self, indices: Sequence[int]) -> Data:
+        """The samples at ``indices``, in that order."""
         return Data(self.origin, len(indices), lambda k: self._load(indices[k]), self.specs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,46 +84,64 @@ def test_tap_of_inputs_alone_runs_nothing(proto: onnx.ModelProto, monkeypatch: p
     assert np.array_equal(row["x"], X)
 
 
-class _Sleeper(runtime.Runner):
-    """Takes a known time, whatever it is fed."""
+class _Clock:
+    """Time that passes only while a runner works."""
 
-    def __init__(self, milliseconds: float) -> None:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class _Sleeper(runtime.Runner):
+    """Takes a known time, with some jitter, on a clock whose speed drifts."""
+
+    def __init__(self, clock: _Clock, milliseconds: float) -> None:
+        self.clock = clock
         self.milliseconds = milliseconds
-        self.calls = 0
+        self.rng = np.random.default_rng(int(milliseconds * 10))
+        self.seen: list[Any] = []
 
     def __call__(self, feeds: Any) -> dict[str, Any]:
-        self.calls += 1
-        stop = time.perf_counter() + self.milliseconds / 1e3
-        while time.perf_counter() < stop:
-            pass
+        self.seen.append(feeds.get("k"))
+        drift = 1 + self.clock.now  # ten times slower after nine seconds
+        self.clock.now += self.milliseconds / 1e3 * drift * self.rng.uniform(0.95, 1.05)
         return {}
 
 
-def test_latency_ratios() -> None:
-    slow, fast = _Sleeper(2.0), _Sleeper(1.0)
-    compared = runtime.compare_latency([slow, fast, slow], [[{}]] * 3, seconds=0.4)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(runtime, "time", clock)
+    return clock
+
+
+def test_latency_ratios_hold_while_the_machine_slows_down(clock: _Clock) -> None:
+    slow, fast = _Sleeper(clock, 20.0), _Sleeper(clock, 10.0)
+    compared = runtime.compare_latency([slow, fast, slow], [[{}]] * 3, seconds=9)
     assert compared.speedup[0] == 1.0
-    assert compared.speedup[1] == pytest.approx(2.0, rel=0.2)
-    assert compared.speedup[2] == pytest.approx(1.0, rel=0.2)
+    assert compared.speedup[1] == pytest.approx(2.0, rel=0.03)
+    assert compared.speedup[2] == pytest.approx(1.0, rel=0.03)
     for speedup, (low, high) in zip(compared.speedup, compared.interval, strict=True):
         assert low <= speedup <= high
+        assert high - low < 0.1
     for latency in compared.latency:
         assert latency.p10 <= latency.median <= latency.p90
-        assert latency.runs == compared.latency[0].runs >= 5
+        assert latency.runs == compared.latency[0].runs > 20
 
 
-def test_latency_uses_every_sample_and_ends_in_time() -> None:
-    seen: list[int] = []
-
-    class Recorder(_Sleeper):
-        def __call__(self, feeds: Any) -> dict[str, Any]:
-            seen.append(feeds["k"])
-            return super().__call__(feeds)
-
-    start = time.perf_counter()
-    runtime.compare_latency([Recorder(5.0)], [[{"k": k} for k in range(4)]], seconds=0.1, min_rounds=8)
-    assert time.perf_counter() - start < 2
-    assert set(seen) == {0, 1, 2, 3}
+def test_latency_uses_every_sample_and_ends_in_time(clock: _Clock) -> None:
+    runner = _Sleeper(clock, 5.0)
+    runtime.compare_latency([runner], [[{"k": k} for k in range(4)]], seconds=0.01, min_rounds=8)
+    assert set(runner.seen) == {0, 1, 2, 3}
+    assert len(runner.seen) == 3 + 8, "three to warm up"
+    before = clock.now
+    runtime.compare_latency([runner], [[{"k": 0}]], seconds=0.5)
+    assert 0.5 <= clock.now - before < 0.7
+    runner.seen.clear()
+    runtime.compare_latency([runner], [[{"k": 0}]], seconds=100, max_rounds=10)
+    assert len(runner.seen) == 3 + 10
 
 
 def test_the_runtime_s_own_graph_is_shown(proto: onnx.ModelProto) -> None:
