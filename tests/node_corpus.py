@@ -41,8 +41,13 @@ def loaded(proto: onnx.ModelProto) -> ir.Model | None:
         return None
 
 
-def with_constants(proto: onnx.ModelProto, inputs: list[Any]) -> Iterator[tuple[onnx.ModelProto, list[Any]]]:
-    """Variants of a case: as it is; small integer inputs made weights; all inputs but the first; all inputs."""
+def with_constants(
+    proto: onnx.ModelProto, inputs: list[Any], which: int | None = None
+) -> Iterator[tuple[onnx.ModelProto, list[Any]]]:
+    """Variants of a case: as it is; small integer inputs made weights; all inputs but the first; all inputs.
+
+    ``which`` takes the first and one of the others (a number that varies from case to case spreads them).
+    """
     arrays = [np.asarray(a) if is_tensor(a) else None for a in inputs]
     plain = [
         k
@@ -50,7 +55,10 @@ def with_constants(proto: onnx.ModelProto, inputs: list[Any]) -> Iterator[tuple[
         if array is not None and value.type.HasField("tensor_type") and array.dtype.kind in "biuf"
     ]
     small = [k for k in plain if arrays[k].dtype in (np.int64, np.int32, np.bool_) and arrays[k].size <= 256]
-    for chosen in dict.fromkeys(((), tuple(small), tuple(k for k in plain if k), tuple(plain))):
+    variants = list(dict.fromkeys(((), tuple(small), tuple(k for k in plain if k), tuple(plain))))
+    if which is not None and len(variants) > 2:
+        variants = [variants[0], variants[1 + which % (len(variants) - 1)]]
+    for chosen in variants:
         copy = onnx.ModelProto()
         copy.CopyFrom(proto)
         for k in reversed(chosen):

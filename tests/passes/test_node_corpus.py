@@ -66,8 +66,8 @@ def corpus() -> list[tuple[str, ir.Model, list[Any]]]:
     """Every variant of every case that can be loaded: (name, model, inputs)."""
     return [
         (f"{name} (variant {k})", model, arrays)
-        for name, proto, inputs, _ in cases()
-        for k, (case, arrays) in enumerate(with_constants(proto, inputs))
+        for index, (name, proto, inputs, _) in enumerate(cases())
+        for k, (case, arrays) in enumerate(with_constants(proto, inputs, index))
         if (model := loaded(case)) is not None
     ]
 
