@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 from onnxslim.linear import FLOATS, Linear, along, view
-from onnxslim.passes.fold.affine import Affine, affine, chain_after, chain_before, keeps_shape, limits, protected
+from onnxslim.passes.fold.affine import Affine, affine, chain_after, chain_before, keeps_shape, limits
 from onnxslim.passes.fold.edit import Edit, representable
 from onnxslim.passes.fold.work import Work, multiply
 
@@ -240,7 +240,7 @@ def absorb_before(work: Work, kinds: tuple[str, ...]) -> None:
 
 def _absorb_one_before(work: Work, node: ir.Node, kinds: tuple[str, ...]) -> None:
     value = node.outputs[0]
-    if protected(node) or value.is_graph_output() or not value.uses():
+    if value.is_graph_output() or not value.uses():
         return
     linears: list[Linear] = []
     for use in value.uses():

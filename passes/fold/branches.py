@@ -13,6 +13,8 @@ Exact at the borders too, where all read the same zeros; never more multiplicati
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -46,20 +48,25 @@ class Window:
         return self.dilation * (self.taps - 1) - self.before - self.behind
 
 
+Content = tuple[np.ndarray, np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Branch:
-    """A linear function of ``x``: what it amounts to, and the nodes that compute it.
+    """A linear function of ``x``: its structure, the nodes that compute it, and, on demand, what it amounts to.
 
-    ``matrix`` is (groups, out, in, taps) with the gain of the operator in it, ``bias`` (out,). ``host`` is the operator
-    that could take others in, None for anything that is not a single operator.
+    ``content()`` gives the matrix (groups, out, in, taps), the gain of the operator in it, and the bias (out,), or why
+    they are no constants. ``host`` is the operator that could take others in, None when it is not a single one.
     """
 
     x: ir.Value
-    matrix: np.ndarray
-    bias: np.ndarray
+    groups: int
+    outputs: int
+    inputs: int
     windows: tuple[Window, ...]
     nodes: tuple[ir.Node, ...]
     axis: int
+    content: Callable[[], Content | str]
     host: Linear | None = None
 
 
@@ -85,7 +92,7 @@ def _merge_operands(work: Work, node: ir.Node) -> None:
         if taken is not None:
             candidates.append((host, taken, of_mine, of_other))
     # The larger kernel can hold the smaller one.
-    candidates.sort(key=lambda c: -c[0].matrix.shape[-1])
+    candidates.sort(key=lambda c: -math.prod(window.taps for window in c[0].windows))
     for host, taken, of_host, of_taken in candidates:
         reason = _merge(work, node, host, taken, of_host, of_taken)
         if reason is None:
@@ -96,13 +103,18 @@ def _merge_operands(work: Work, node: ir.Node) -> None:
 def _merge(work: Work, node: ir.Node, host: Branch, taken: Branch, of_host: float, of_taken: float) -> str | None:
     linear = host.host
     assert linear is not None
-    other = _embed(taken, host)
-    if other is None:
+    places = _places(taken, host)
+    if places is None:
         return "the branches that it adds read different positions, or have different strides or groups"
     if not np.all(linear.gain):
         return "the gain of its linear operator is zero"
-    matrix = (of_host * host.matrix + of_taken * other) / linear.gain
-    bias = of_host * host.bias + of_taken * taken.bias
+    mine, other = host.content(), taken.content()
+    if isinstance(mine, str) or isinstance(other, str):
+        return mine if isinstance(mine, str) else str(other)
+    matrix = of_host * mine[0]
+    matrix[..., places] += of_taken * expand(other[0], host.groups)
+    matrix /= linear.gain
+    bias = of_host * mine[1] + of_taken * other[1]
     dtype = linear.w.dtype
     if dtype is None or not representable(matrix, dtype):
         return "the sum of its branches leaves the range of its type"
@@ -133,24 +145,28 @@ def _operator(work: Work, value: ir.Value, reader: ir.Node) -> Branch | None:
     linear = linear_operator(source.producer())
     if linear is None or linear.node.op_type == "ConvTranspose" or linear.node.graph is not reader.graph:
         return None
-    if chain is not None and g.only_user(source) is None:
+    windows = _windows(linear)
+    if windows is None or linear.in_axis != linear.out_axis or (chain is not None and g.only_user(source) is None):
         return None
-    read = work.weights.read
-    windows, bias, weight = _windows(linear), linear.bias_vector(read), read(linear.w)
-    if windows is None or bias is None or weight.size > EXACT_ELEMENTS:
+    if (linear.w.const_value.size if linear.w.const_value is not None else 0) > EXACT_ELEMENTS:
         return None
-    matrix = linear.gain * linear.matrix(weight)
-    nodes: tuple[ir.Node, ...] = (linear.node,)
-    if chain is not None:
+
+    def content() -> Content | str:
+        bias = linear.bias_vector(work.weights.read)
+        if bias is None:
+            return "a bias of the branches that it adds is no constant per output channel"
+        matrix = linear.gain * linear.matrix(work.weights.read(linear.w))
+        if chain is None:
+            return matrix, bias
         scale, offset = (along(a, linear.out_axis, linear.outputs, linear.rank) for a in (chain.scale, chain.offset))
-        if scale is None or offset is None or linear.out_axis != linear.in_axis:
-            return None
-        matrix = matrix * scale.reshape(linear.groups, -1, 1, 1)
-        bias = scale * bias + offset
-        nodes += chain.nodes
-    if linear.in_axis != linear.out_axis:
-        return None
-    return Branch(linear.x, matrix, bias, windows, nodes, linear.out_axis, linear)
+        if scale is None or offset is None:
+            return "a constant of the branches that it adds varies along another axis than the channels"
+        return matrix * scale.reshape(linear.groups, -1, 1, 1), scale * bias + offset
+
+    nodes = (linear.node, *(chain.nodes if chain is not None else ()))
+    return Branch(
+        linear.x, linear.groups, linear.outputs, linear.inputs, windows, nodes, linear.out_axis, content, linear
+    )
 
 
 def _product(work: Work, value: ir.Value, reader: ir.Node) -> Branch | None:
@@ -159,34 +175,39 @@ def _product(work: Work, value: ir.Value, reader: ir.Node) -> Branch | None:
     both = pair(work, second) if second is not None and second.node.op_type in ("Gemm", "MatMul") else None
     if both is None or both.first.node.op_type not in ("Gemm", "MatMul") or both.second.node.graph is not reader.graph:
         return None
-    if both.first.inputs * both.second.outputs > EXACT_ELEMENTS:
-        return None
-    product = multiply_pair(work, both, any_size=True)
-    if isinstance(product, str):
-        return None
-    host, matrix, bias = product
+
+    def content() -> Content | str:
+        product = multiply_pair(work, both, any_size=True)
+        return product if isinstance(product, str) else (product[0].gain * product[1], product[2])
+
     nodes = (both.first.node, *both.nodes, both.second.node)
-    return Branch(both.first.x, host.gain * matrix, bias, (), nodes, host.out_axis)
+    axis = both.first.in_axis if both.first.in_axis == both.second.out_axis else 0
+    return Branch(both.first.x, 1, both.second.outputs, both.first.inputs, (), nodes, axis, content)
 
 
 def _diagonal(work: Work, value: ir.Value, reader: ir.Node, host: Branch) -> Branch | None:
     """``value`` as an affine map per channel of the data of ``host``, or that data itself."""
     linear = host.host
     assert linear is not None
+    channels = linear.inputs
+    windows = tuple(Window(1, 1, 1, 0, 0) for _ in linear.kernel)
+
+    def branch(scale: np.ndarray, offset: np.ndarray, nodes: tuple[ir.Node, ...]) -> Branch:
+        content = (scale.reshape(-1, 1, 1, 1), offset)
+        return Branch(linear.x, channels, channels, channels, windows, nodes, linear.out_axis, lambda: content)
+
     if linear.inputs != linear.outputs:
         return None
-    ones, zeros = np.ones(linear.outputs), np.zeros(linear.outputs)
-    windows = tuple(Window(1, 1, 1, 0, 0) for _ in linear.kernel)
     if value is linear.x:
-        return Branch(value, ones.reshape(-1, 1, 1, 1), zeros, windows, (), linear.out_axis)
+        return branch(np.ones(channels), np.zeros(channels), ())
     if g.only_user(value) is not reader:
         return None
     for chain in chain_before(value, work.weights.read):
         if chain.x is not linear.x or not keeps_shape(chain) or chain.nodes[0].graph is not reader.graph:
             continue
-        scale, offset = (along(a, linear.in_axis, linear.inputs, linear.rank) for a in (chain.scale, chain.offset))
+        scale, offset = (along(a, linear.in_axis, channels, linear.rank) for a in (chain.scale, chain.offset))
         if scale is not None and offset is not None and chain.finite():
-            return Branch(chain.x, scale.reshape(-1, 1, 1, 1), offset, windows, chain.nodes, linear.out_axis)
+            return branch(scale, offset, chain.nodes)
     return None
 
 
@@ -218,12 +239,11 @@ def _windows(linear: Linear) -> tuple[Window, ...] | None:
     )
 
 
-def _embed(taken: Branch, host: Branch) -> np.ndarray | None:
-    """The matrix of ``taken`` with the groups and taps of ``host``, or None where it does not fit in."""
-    if taken.axis != host.axis or len(taken.windows) != len(host.windows):
+def _places(taken: Branch, host: Branch) -> np.ndarray | None:
+    """Which taps of ``host`` those of ``taken`` are, or None where the one does not fit into the other."""
+    if (taken.axis, taken.outputs, taken.inputs) != (host.axis, host.outputs, host.inputs):
         return None
-    groups, outputs, inputs, _ = host.matrix.shape
-    if taken.matrix.shape[0] % groups or _channels(taken.matrix) != _channels(host.matrix):
+    if taken.groups % host.groups or len(taken.windows) != len(host.windows):
         return None
     places = []
     for mine, other in zip(host.windows, taken.windows, strict=True):
@@ -231,15 +251,7 @@ def _embed(taken: Branch, host: Branch) -> np.ndarray | None:
         if mine.stride != other.stride or mine.loss != other.loss or not set(other.offsets()) <= set(offsets):
             return None
         places.append([offsets.index(offset) for offset in other.offsets()])
-    matrix = expand(taken.matrix, groups)
     if not places:
-        return matrix
+        return np.array([0])
     taps = tuple(window.taps for window in host.windows)
-    result = np.zeros((groups, outputs, inputs, int(np.prod(taps))))
-    result[..., np.ravel_multi_index(np.meshgrid(*places, indexing="ij"), taps).reshape(-1)] = matrix
-    return result
-
-
-def _channels(matrix: np.ndarray) -> tuple[int, int]:
-    groups, outputs, inputs, _ = matrix.shape
-    return groups * outputs, groups * inputs
+    return np.ravel_multi_index(np.meshgrid(*places, indexing="ij"), taps).reshape(-1)

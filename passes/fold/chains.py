@@ -32,7 +32,7 @@ def _run(work: Work, node: ir.Node) -> Affine | None:
     at: ir.Node | None = node
     while at is not None and not g.is_op(at, "BatchNormalization") and not protected(at):
         step = affine(at, work.weights.read)
-        if step is None or (nodes and (step.x is not nodes[-1].outputs[0] or at.graph is not node.graph)):
+        if step is None or at.graph is not node.graph:
             break
         nodes.append(at)
         at = g.only_user(at.outputs[0])

@@ -13,7 +13,7 @@ from oracles import apply, assert_same, interface, node_count
 from strategies import AFFINE, LINEAR, Case, graphs, pad, pool
 
 FEW = settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
