@@ -17,6 +17,7 @@ from onnxslim.probe import Local
 from onnxslim.qdq import Plan
 from onnxslim.quantization import QParams, activation_params, quantize, weight_params, widen_for_bias
 from onnxslim.responses import response
+from onnxslim.rounding import ROWS, WIDEST, Gram, refine
 from onnxslim.units import Kind, Unit, find_units, settle, sources, stored_values
 
 # Samples on which ranges are compared by the error they cause; each costs two passes per candidate range.
@@ -64,7 +65,11 @@ def survey(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, *
     owner = sources(units.values())
     names = dict.fromkeys(owner.get(v, v) for v in stored_values(units, units))
     histograms = {name: Histogram() for name in names}
-    calibration.collect(model, {n: [h] for n, h in histograms.items()}, ctx, data=data)
+    grams = _grams(units, wanted, max(ROWS // len(data), 16))
+    attached: dict[str, list[calibration.Statistic]] = {name: [h] for name, h in histograms.items()}
+    for name, gram in grams.items():
+        attached.setdefault(units[name].inputs[0], []).append(gram)
+    calibration.collect(model, attached, ctx, data=data)
     seen_as = {v.name or "": found[0] for v in _values(model) if v.name in histograms and (found := response(v))}
     options = {
         name: {method: activation_params(*limits) for method, limits in ranges.candidates(h, seen_as.get(name)).items()}
@@ -72,7 +77,7 @@ def survey(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, *
     }
     units = {n: u for n, u in units.items() if all(options.get(owner.get(v, v), True) for v in (*u.inputs, *u.outputs))}
     kept = [n for n in products if n in units]
-    weights = {n: _store(units[n], per_channel) for n in kept}
+    weights = {n: _store(units[n], per_channel, grams.get(n)) for n in kept}
     params = {name: found["mse" if "mse" in found else "minmax"] for name, found in options.items() if found}
     shift, methods = _compare(model, kept, weights, options, params, data.spread(COMPARED), ctx)
     for name in kept:
@@ -156,13 +161,32 @@ def _compare(
     return shift, methods
 
 
-def _store(unit: Unit, per_channel: bool) -> tuple[np.ndarray, QParams]:
+def _grams(units: Mapping[str, Unit], products: Collection[str], rows: int) -> dict[str, Gram]:
+    """Moments of the inputs of every product that is not too wide for them."""
+    found = {}
+    for name in products:
+        unit = units[name]
+        assert unit.weight is not None
+        weight = constant(unit.node.inputs[unit.weight[0]])
+        assert weight is not None
+        width = weight.shape[1 - (unit.weight[1] or 0)] if unit.op != "Conv" else int(np.prod(weight.shape[1:]))
+        if width <= WIDEST:
+            found[name] = Gram(unit, weight.shape, rows)
+    return found
+
+
+def _store(unit: Unit, per_channel: bool, gram: Gram | None) -> tuple[np.ndarray, QParams]:
     assert unit.weight is not None
     index, axis = unit.weight
     weight = constant(unit.node.inputs[index])
     assert weight is not None
     params = weight_params(weight, axis if per_channel else None)
-    return quantize(weight, params), params
+    stored = quantize(weight, params)
+    if gram is not None and axis is not None:
+        # A bias makes up for the mean of the error; a MatMul without a row behind it has none.
+        centred = unit.op != "MatMul" or unit.bias is not None
+        stored = refine(weight, stored, params, gram, axis, centred=centred)
+    return stored, params
 
 
 def _fit_bias(unit: Unit, stored: tuple[np.ndarray, QParams], scale: float) -> tuple[np.ndarray, QParams]:

@@ -1,0 +1,157 @@
+"""Rounds the weights of a product so that the result, not each weight, is off by least.
+
+With x the inputs of one output (K,), H = E[x xᵀ] and a row w of the weight, storing w as q changes the result by
+(q - w)·x, whose mean square is (q - w)ᵀ H (q - w). Columns are rounded one after the other, and the error of each is
+spread over the ones to come along the inverse of H (Frantar et al., GPTQ, 2023; Hassibi and Stork, 1993). Where a bias
+takes up the mean of the error, H is the covariance of x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import linalg
+
+from onnxslim.graph import attribute
+from onnxslim.quantization import QParams
+from onnxslim.units import Unit
+
+# Rows that the moments are made of, over all samples, and the widest product whose moments (K x K numbers) are kept.
+ROWS, WIDEST = 16_384, 2048
+BATCH, BLOCK = 2048, 64
+DAMPING = 0.01
+
+
+class Gram:
+    """Mean and second moments of what each group of a product multiplies: (groups, K) and (groups, K, K).
+
+    Rows are taken at a stride, about ``rows`` from each sample.
+    """
+
+    def __init__(self, unit: Unit, shape: tuple[int, ...], rows: int) -> None:
+        node = unit.node
+        self.rows = rows
+        self.is_conv = node.op_type == "Conv"
+        self.groups = int(attribute(node, "group", 1)) if self.is_conv else 1
+        self.window = shape[2:] if self.is_conv else ()
+        self.width = int(np.prod(shape[1:])) if self.is_conv else shape[1 - (unit.weight or (1, 0))[1]]  # type: ignore[operator]
+        rank = len(self.window)
+        self.strides = attribute(node, "strides", [1] * rank) if self.is_conv else []
+        self.dilations = attribute(node, "dilations", [1] * rank) if self.is_conv else []
+        self.pads = attribute(node, "pads", [0] * 2 * rank) if self.is_conv else []
+        # Padding by rule is symmetric but for one element: the moments hardly change.
+        if self.is_conv and attribute(node, "auto_pad", "NOTSET").startswith("SAME"):
+            self.pads = [(k - 1) // 2 for k in self.window] * 2
+        self._pending: list[np.ndarray] = []
+        self.count = 0
+        self.total = np.zeros((self.groups, self.width))
+        self.square = np.zeros((self.groups, self.width, self.width))
+
+    def update(self, array: np.ndarray) -> None:
+        rows = self._windows(array) if self.is_conv else array.reshape(1, -1, array.shape[-1])
+        rows = rows[:, :: max(-(-rows.shape[1] // self.rows), 1)].astype(np.float32)
+        if not np.isfinite(rows).all() or not rows.shape[1]:
+            return
+        self._pending.append(rows)
+        if sum(r.shape[1] for r in self._pending) >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Take in the rows collected; in batches, because the sums are large and the rows of a sample few."""
+        if not self._pending:
+            return
+        rows = np.concatenate(self._pending, axis=1)
+        self._pending.clear()
+        self.count += rows.shape[1]
+        self.total += rows.sum(1, dtype=np.float64)
+        self.square += rows.transpose(0, 2, 1) @ rows
+
+    def _windows(self, array: np.ndarray) -> np.ndarray:
+        """(groups, positions, K) of an input (n, channels, ...)."""
+        rank = len(self.window)
+        padded = np.pad(array, [(0, 0), (0, 0), *zip(self.pads[:rank], self.pads[rank:], strict=True)])
+        reach = [(k - 1) * d + 1 for k, d in zip(self.window, self.dilations, strict=True)]
+        if any(size < r for size, r in zip(padded.shape[2:], reach, strict=True)):
+            return np.zeros((self.groups, 0, self.width))
+        views = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
+        steps = tuple(slice(None, None, s) for s in (1, 1, *self.strides, *self.dilations))
+        views = views[steps]
+        positions = views.shape[2 : 2 + rank]
+        # Thin out one sample at a time before anything is copied.
+        keep = -(-int(np.prod(positions)) * len(array) // self.rows)
+        chosen = np.unravel_index(np.arange(0, int(np.prod(positions)), max(keep, 1)), positions)
+        everything: tuple[Any, ...] = (slice(None), slice(None), *chosen)
+        picked = views[everything]  # (n, channels, m, window)
+        n, channels, m = picked.shape[:3]
+        grouped = picked.reshape(n, self.groups, channels // self.groups, m, -1)
+        return grouped.transpose(1, 0, 3, 2, 4).reshape(self.groups, n * m, self.width)
+
+    def matrix(self, *, centred: bool) -> np.ndarray:
+        """Second moments (groups, K, K), about the mean or about zero."""
+        self._flush()
+        moments = self.square / max(self.count, 1)
+        if not centred:
+            return moments
+        mean = self.total / max(self.count, 1)
+        return moments - mean[:, :, None] * mean[:, None, :]
+
+
+def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, limit: int = 127) -> np.ndarray:
+    """Integers (outputs, K) for ``rows`` (outputs, K) in steps of ``scale`` (outputs,), of least error by ``moments``.
+
+    Args:
+        moments: H, (K, K), symmetric and positive semidefinite.
+    """
+    width = rows.shape[1]
+    diagonal = np.diag(moments)
+    # The columns that matter most are rounded first: their error can still be made up for.
+    order = np.argsort(-diagonal, kind="stable")
+    steps = scale[:, None].astype(np.float64)
+    left = rows[:, order].astype(np.float64) / steps
+    damped = moments[np.ix_(order, order)] + np.eye(width) * max(DAMPING * float(diagonal.mean()), 1e-30)
+    # Upper triangular with factorᵀ factor = H⁻¹: row k spreads the error of column k. From the Cholesky factor of the
+    # reversed matrix, whose inverse is triangular as well.
+    upper = linalg.cholesky(damped[::-1, ::-1], lower=True, check_finite=False)[::-1, ::-1]
+    factor = linalg.solve_triangular(upper, np.eye(width), check_finite=False)
+    result = np.empty_like(left)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        errors = np.empty((len(left), stop - start))
+        for k in range(start, stop):
+            result[:, k] = np.clip(np.rint(left[:, k]), -limit, limit)
+            errors[:, k - start] = (left[:, k] - result[:, k]) / factor[k, k]
+            left[:, k + 1 : stop] -= errors[:, k - start, None] * factor[k, k + 1 : stop]
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    back = np.empty_like(result)
+    back[:, order] = result
+    return back.astype(np.int8)
+
+
+def refine(
+    weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int, *, centred: bool
+) -> np.ndarray:
+    """``stored`` again with the rounding that suits the inputs seen; never worse than before under their moments."""
+    moments = gram.matrix(centred=centred)
+    if not gram.count or not np.isfinite(moments).all():
+        return stored
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    old = np.moveaxis(stored, axis, 0).reshape(rows.shape)
+    scale = np.broadcast_to(params.scale, (len(rows),)).astype(np.float64)
+    new = old.copy()
+    per_group = len(rows) // gram.groups
+    for group in range(gram.groups):
+        part = slice(group * per_group, (group + 1) * per_group)
+        try:
+            trial = round_rows(rows[part], scale[part], moments[group])
+        except linalg.LinAlgError:  # moments that are singular to working precision: plain rounding stays
+            continue
+
+        def cost(q: np.ndarray, part: slice = part, group: int = group) -> np.ndarray:
+            gap = q * scale[part, None] - rows[part]
+            return np.asarray(((gap @ moments[group]) * gap).sum(1))
+
+        better = cost(trial) < cost(old[part])
+        new[part] = np.where(better[:, None], trial, old[part])
+    shape = np.moveaxis(weight, axis, 0).shape
+    return np.ascontiguousarray(np.moveaxis(new.reshape(shape), 0, axis))
