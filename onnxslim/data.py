@@ -83,17 +83,19 @@ class Data(Sequence[Sample]):
         }
 
     def split(self, held_out: float) -> tuple[Data, Data]:
-        """Two parts, the second with about ``held_out`` of the samples, spread evenly over the sequence.
+        """Two parts, the second with about ``held_out`` of the samples: the end of each half of the sequence.
 
-        With a single sample both parts are that sample.
+        Neighbours in a file are often relatives (frames of a video, views of an object, a class): whole stretches are
+        held out, so that the second part is not merely a copy of the first. With a single sample both parts are that
+        sample.
         """
         if self._length < 2:
             return self, self
-        step = max(2, round(1 / held_out))
-        second = list(range(step - 1, self._length, step)) or [self._length - 1]
+        halves = np.array_split(np.arange(self._length), 2 if self._length >= 8 else 1)
+        second = [int(k) for half in halves for k in half[-max(1, round(held_out * len(half))) :]]
         taken = set(second)
         first = [k for k in range(self._length) if k not in taken]
-        return self.pick(first), self.pick(second)
+        return self.pick(first or second), self.pick(second)
 
     def spread(self, count: int) -> Data:
         """At most ``count`` samples, spread evenly over the sequence (files are often sorted by class)."""

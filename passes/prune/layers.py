@@ -49,8 +49,10 @@ class Layer:
 
     def rows(self, x: np.ndarray, limit: int, seed: int) -> np.ndarray:
         """At most ``limit`` observations from one value of the input, (n, columns); the same ones for the same seed."""
-        if self.site.node.op_type == "Conv" and not self.shared:
+        if self.taps > 1 and not self.shared:
             return _patches(x, self.site.node, limit, seed)
+        if self.site.node.op_type == "Conv" and not self.shared:  # a 1x1 kernel, which may skip positions
+            x = x[(slice(None), slice(None), *(slice(None, None, s) for s in attribute(self.site.node, "strides", [])))]
         flat = np.moveaxis(x, self.site.axis, -1).reshape(-1, self.channels)
         return flat[_chosen(len(flat), limit, seed)]
 
@@ -166,6 +168,8 @@ def layer(site: Site) -> Layer | None:
     if node.op_type == "Gemm" and site.data != 0:
         return None
     taps = int(np.prod(shape[2:], dtype=np.int64)) if node.op_type == "Conv" else 1
+    if node.op_type == "Conv" and taps == 1 and any(attribute(node, "pads", [])):
+        return None  # positions that read nothing but padding
     return Layer(site, taps, shared=taps > 1 and shape[1] * taps > MAX_COLUMNS)
 
 

@@ -81,7 +81,8 @@ class Prune(Pass):
         fit, held_out = ctx.calibration.split(0.15)
         orders, candidates = self._judge(coupled, families, held_out, dataclasses.replace(ctx, calibration=fit))
         tolerance = self.tolerance
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            outcome.stats["plans"] = attempt + 1
             if self.ratio is None:
                 counts = allocate.within(candidates, tolerance)
             else:
@@ -171,7 +172,7 @@ class Prune(Pass):
             return masked, before
         refitted = masked.clone()
         moved = _moved(model, coupled, layers, gone)
-        count = refit(model, refitted, moved, lambda item: gone(item.site.labels), fit, ctx)
+        count = refit(model, refitted, moved, lambda item: gone(item.site.labels), fit, held_out, ctx)
         after = _error(model, refitted, held_out, ctx)
         outcome.stats.update(error_refitted=after, refitted=count)
         if after < before:

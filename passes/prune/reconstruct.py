@@ -26,16 +26,10 @@ from onnxslim.data import Data
 from onnxslim.graph import constant, set_constant
 from onnxslim.passes.prune.layers import Layer
 
-MEMORY = 1_000_000_000  # bytes of second moments held at a time
+MEMORY = 1_000_000_000  # bytes of second moments, and as many of targets, held at a time
 PASSES = 48  # forward passes over the data, at most: layers are refitted in this many turns
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How hard to fit: ``ridge`` relative to the mean variance, ``rows`` observations per column."""
-
-    ridge: float = 1e-2
-    rows: int = 16
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # λ relative to the mean variance; which one, held-out samples decide
+ROWS = 8  # observations per column, and at least 8192
 
 
 def refit(
@@ -43,9 +37,9 @@ def refit(
     pruned: ir.Model,
     layers: Sequence[Layer],
     removed: Callable[[Layer], np.ndarray],
-    data: Data,
+    fit: Data,
+    held_out: Data,
     ctx: Context,
-    options: Options = Options(),
 ) -> int:
     """Refit ``layers`` (in graph order) of ``pruned`` in place; returns how many changed.
 
@@ -53,39 +47,73 @@ def refit(
         original: the model to imitate, same nodes and value names.
         pruned: the masked model.
         removed: bool per channel of a layer.
+        held_out: samples that choose λ for each layer, infinity (only the bias moves) among the choices.
     """
     changed = 0
-    turns = _turns(layers)
-    for turn in ctx.progress.track(turns, total=len(turns), label="reconstruct"):
-        moments = [Moments() for _ in turn]
-        residuals = [layer.residual() if not layer.shared else None for layer in turn]
-        shared = [name for name in residuals if name]
-        wanted = [layer.data if layer.shared else layer.output for layer in turn]
-        before = runtime.tap(original, [*wanted, *shared], data.feeds(), threads=ctx.threads)
-        after = runtime.tap(pruned, [*(layer.data for layer in turn), *shared], data.feeds(), threads=ctx.threads)
-        for k, (x, z) in enumerate(zip(before, after, strict=True)):
-            for layer, sums, name, residual in zip(turn, moments, wanted, residuals, strict=True):
-                limit = max(-(-options.rows * layer.columns // len(data)), 32)
-                if layer.shared:
-                    target = layer.rows(x[name], limit, k)
-                else:
-                    target = layer.output_rows(x[name], limit, k)
-                if residual:
-                    target = target + layer.output_rows(x[residual] - z[residual], limit, k)
-                sums.add(layer.rows(z[layer.data], limit, k), target)
-        for layer, sums in zip(turn, moments, strict=True):
-            changed += _solve(original, pruned, layer, sums, removed(layer), options)
+    turns = _turns(layers, lambda layer: 16 * layer.columns**2, -(-len(layers) // PASSES))
+    parts = [part for part in (fit, held_out) if len(part)]
+    targets: dict[Layer, _Targets] = {}
+    for k, turn in enumerate(ctx.progress.track(turns, total=len(turns), label="reconstruct")):
+        if turn[0] not in targets:
+            ahead = [layer for later in turns[k:] for layer in later]
+            chunk = _turns(ahead, lambda x: 4 * _limit(x, fit) * len(fit) * len(x.matrix(original)), len(ahead))[0]
+            targets = _targets(original, [*turn, *(layer for layer in chunk if layer not in turn)], parts, fit, ctx)
+        moments = {layer: [Moments() for _ in parts] for layer in turn}
+        residuals = [name for layer in turn if (name := targets[layer].residual)]
+        for p, part in enumerate(parts):
+            values = runtime.tap(pruned, [*(x.data for x in turn), *residuals], part.feeds(), threads=ctx.threads)
+            for s, z in enumerate(values):
+                for layer in turn:
+                    limit = _limit(layer, fit)
+                    target = targets[layer].rows[p][s]
+                    if name := targets[layer].residual:
+                        target = target - layer.output_rows(z[name], limit, s)
+                    moments[layer][p].add(layer.rows(z[layer.data], limit, s), target)
+        for layer in turn:
+            changed += _solve(original, pruned, layer, moments[layer], removed(layer))
     return changed
 
 
-def _turns(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Consecutive layers that share a pass over the data."""
-    size = -(-len(layers) // PASSES)
+@dataclasses.dataclass
+class _Targets:
+    """What a layer should give: per part of the data and sample, rows (n, out), with the residual added to them."""
+
+    residual: str | None
+    rows: list[list[np.ndarray]]
+
+
+def _targets(
+    original: ir.Model, layers: Sequence[Layer], parts: Sequence[Data], fit: Data, ctx: Context
+) -> dict[Layer, _Targets]:
+    """Run the original once for many layers."""
+    result = {}
+    for layer in layers:
+        result[layer] = _Targets(None if layer.shared else layer.residual(), [[] for _ in parts])
+    names = [layer.data if layer.shared else layer.output for layer in layers]
+    residuals = [targets.residual for targets in result.values() if targets.residual]
+    for p, part in enumerate(parts):
+        for s, x in enumerate(runtime.tap(original, [*names, *residuals], part.feeds(), threads=ctx.threads)):
+            for layer, name in zip(layers, names, strict=True):
+                limit = _limit(layer, fit)
+                rows = layer.rows(x[name], limit, s) if layer.shared else layer.output_rows(x[name], limit, s)
+                if residual := result[layer].residual:
+                    rows = rows + layer.output_rows(x[residual], limit, s)
+                result[layer].rows[p].append(np.asarray(rows, np.float32))
+    return result
+
+
+def _limit(layer: Layer, data: Data) -> int:
+    """Observations per sample."""
+    return max(-(-max(ROWS * layer.columns, 8192) // max(len(data), 1)), 32)
+
+
+def _turns(layers: Sequence[Layer], size: Callable[[Layer], int], most: int) -> list[list[Layer]]:
+    """Consecutive layers, at most ``most`` of them and `MEMORY` bytes of ``size`` together."""
     turns: list[list[Layer]] = []
     used = 0
     for layer in layers:
-        need = 16 * layer.columns**2
-        if not turns or len(turns[-1]) >= size or used + need > MEMORY:
+        need = size(layer)
+        if not turns or len(turns[-1]) >= most or used + need > MEMORY:
             turns.append([])
             used = 0
         turns[-1].append(layer)
@@ -93,42 +121,60 @@ def _turns(layers: Sequence[Layer]) -> list[list[Layer]]:
     return turns
 
 
-def _solve(
-    original: ir.Model, pruned: ir.Model, layer: Layer, moments: Moments, removed: np.ndarray, options: Options
-) -> bool:
+@dataclasses.dataclass
+class _Normal:
+    """The normal equations of one layer: centred where it has a bias to move."""
+
+    t: np.ndarray
+    z: np.ndarray
+    tz: np.ndarray
+    zz: np.ndarray
+
+    @classmethod
+    def of(cls, moments: Moments, centred: bool, columns: int) -> _Normal:
+        if centred:
+            return cls(moments.mean("x"), moments.mean("z"), moments.covariance("xz"), moments.covariance("zz"))
+        tz = moments.second("xz")
+        return cls(np.zeros(len(tz)), np.zeros(columns), tz, moments.second("zz"))
+
+    def loss(self, matrix: np.ndarray) -> float:
+        """E|t - V z|² less E|t|², which no V changes."""
+        return float(np.sum((matrix @ self.zz) * matrix) - 2 * np.sum(matrix * self.tz))
+
+
+def _solve(original: ir.Model, pruned: ir.Model, layer: Layer, moments: Sequence[Moments], removed: np.ndarray) -> bool:
     keep = ~removed[layer.channel]
-    if moments.empty or not keep.any():
+    if any(m.empty for m in moments) or not keep.any():
         return False
     bias = layer.bias(pruned)
     matrix = layer.matrix(original)
-    if bias is not None:
-        t, z, tz, zz = moments.mean("x"), moments.mean("z"), moments.covariance("xz"), moments.covariance("zz")
-    else:
-        t, z, tz, zz = np.zeros(1), np.zeros(layer.columns), moments.second("xz"), moments.second("zz")
-    zz, n = zz[np.ix_(keep, keep)], max(moments.count, 1)
-    # Fewer observations than unknowns: lean on the old weights the more.
-    scale = options.ridge * max(1.0, 4 * len(zz) / n) * max(float(np.mean(np.diag(zz))), 1e-12)
-    damped = zz + scale * np.eye(len(zz))
-    fitted = np.zeros_like(matrix)
+    equations = [_Normal.of(m, bias is not None, layer.columns) for m in moments]
+    fit, judge = equations[0], equations[-1]
+    # For a shared layer t is the original observation x itself and V mixes channels: x ≈ V z_K, the same for every tap.
+    old = np.eye(layer.channels) if layer.shared else matrix
+    old = np.where(keep, old, 0.0)
+    kept = fit.zz[np.ix_(keep, keep)]
+    scale = max(float(np.mean(np.diag(kept))), 1e-12)
+    values, vectors = np.linalg.eigh(kept)
+    best, fitted = judge.loss(old), old
+    for ridge in RIDGES:
+        right = fit.tz[:, keep] + ridge * scale * old[:, keep]
+        trial = np.zeros_like(old)
+        trial[:, keep] = (right @ vectors / (np.maximum(values, 0) + ridge * scale)) @ vectors.T
+        loss = judge.loss(trial)
+        if np.isfinite(trial).all() and loss < best:
+            best, fitted = loss, trial
     if layer.shared:
-        # Here t is the original x itself, and V mixes channels: x ≈ V z_K, the same for every tap.
-        prior = np.eye(layer.channels)[:, keep]
-        mixing = np.linalg.solve(damped, (tz[:, keep] + scale * prior).T).T
         taps = matrix.reshape(len(matrix), layer.channels, layer.taps)
-        new = np.zeros_like(taps)
-        new[:, keep] = np.einsum("oct,ck->okt", taps, mixing)
+        new = np.einsum("oct,ck->okt", taps, fitted)
+        shift = taps.sum(axis=2) @ fit.t - new.sum(axis=2) @ fit.z
         fitted = new.reshape(matrix.shape)
-        shift = taps.sum(axis=2) @ t - new.sum(axis=2) @ z if bias is not None else t
     else:
-        right = tz[:, keep] + scale * matrix[:, keep]
-        fitted[:, keep] = np.linalg.solve(damped, right.T).T
-        shift = t - fitted @ z
-    if not np.isfinite(fitted).all():
-        return False
+        shift = fit.t - fitted @ fit.z
     layer.write(pruned, fitted)
     if bias is not None:
-        old = np.asarray(constant(bias))
+        before = np.asarray(constant(bias))
         # The output of a Conv or Gemm has the bias in it, that of a MatMul or of a patch matrix has not.
-        base = old if layer.shared or not layer.biased else 0
-        set_constant(bias, (base + shift).astype(old.dtype))
+        base = before if layer.shared or not layer.biased else 0
+        set_constant(bias, (base + shift).astype(before.dtype))
     return True
