@@ -66,7 +66,7 @@ def fold_constants(model: ir.Model, shapes: Shapes, failed: dict[str, Skip] | No
     for _ in range(MAX_ATTEMPTS):
         tried = len(failed)
         result.skipped.clear()
-        nodes = _constant_nodes(model.graph, shapes, failed)
+        nodes = _constant_nodes(model.graph, shapes, failed, result)
         components = [c for part in _components(nodes) for c in _worthwhile(part, shapes, result)]
         values = _evaluate(model, components, failed)
         if len(failed) == tried:
@@ -100,7 +100,7 @@ def node_bytes(node: ir.Node) -> int:
     return NODE_BYTES + sum(map(len, names)) + 16 * len(node.attributes)
 
 
-def _constant_nodes(graph: ir.Graph, shapes: Shapes, failed: dict[str, Skip]) -> dict[ir.Node, None]:
+def _constant_nodes(graph: ir.Graph, shapes: Shapes, failed: dict[str, Skip], result: Folding) -> dict[ir.Node, None]:
     """Nodes that depend on constants alone, in order, those of subgraphs included."""
     found: dict[ir.Node, None] = {}
 
@@ -113,10 +113,13 @@ def _constant_nodes(graph: ir.Graph, shapes: Shapes, failed: dict[str, Skip]) ->
             if node.op_type == "Identity" and node.outputs[0].is_graph_output():
                 continue  # the form that a constant output takes
             given = (v is None or is_constant(v) or v.producer() in found for v in node.inputs)
-            if all(given) and not any(v.name in failed for v in node.outputs if v.uses()):
-                sizes = [tensor_bytes(v, shapes) for v in node.outputs if v.uses() or v.is_graph_output()]
-                if sum(sizes) <= MAX_BYTES:
-                    found[node] = None
+            if not all(given) or any(v.name in failed for v in node.outputs):
+                continue
+            read = [v for v in node.outputs if v.uses() or v.is_graph_output()]
+            if sum(tensor_bytes(v, shapes) for v in read) <= MAX_BYTES:
+                found[node] = None
+            else:
+                result.skipped.append(Skip(str(read[0].name), _reason(read[0], shapes)))
 
     visit(graph)
     return found

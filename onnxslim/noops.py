@@ -143,7 +143,7 @@ def _resize(call: Call, shapes: Shapes) -> ir.Value | None:
 def _is_filled(value: ir.Value | None, number: float, shapes: Shapes, *, negative_zero: bool | None = None) -> bool:
     """True when every element of ``value`` is ``number``; ``negative_zero`` asks for one of the two zeros of floats."""
     content = shapes.content(value)
-    if content is not None:
+    if content is not None and value is not None and value.dtype is not None and value.dtype.is_integer():
         return all(isinstance(d, int) and d == number for d in content.reshape(-1))
     if value is None or value.const_value is None or value.const_value.size > _SMALL:
         return False

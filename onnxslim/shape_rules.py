@@ -29,7 +29,10 @@ FAR = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
-    """What is known about a tensor: its shape (None: not even the rank) and, for small integer tensors, its content."""
+    """What is known about a tensor: its shape (None: not even the rank) and, if it is small, its content.
+
+    Contents are whole numbers, of integer, boolean or float tensors; a zero of a float tensor may have either sign.
+    """
 
     shape: Shape | None
     content: np.ndarray | None = None
@@ -130,11 +133,11 @@ def axis_of(axis: int, rank: int) -> int:
 
 
 SHAPE_OF_FIRST_INPUT = """
-    Acos Acosh Asin Asinh Atan Atanh BatchNormalization Bernoulli BitwiseNot Ceil Celu Clip Cos Cosh CumProd CumSum
-    DequantizeLinear Dropout Elu Erf Exp EyeLike Floor Gelu GroupNormalization HardSigmoid HardSwish Hardmax
+    Acos Acosh Asin Asinh Atan Atanh BatchNormalization Bernoulli BitwiseNot Celu Clip Cos Cosh CumProd CumSum
+    DequantizeLinear Dropout Elu Erf Exp EyeLike Gelu GroupNormalization HardSigmoid HardSwish Hardmax
     InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Log LogSoftmax LpNormalization
     MeanVarianceNormalization Mish PRelu QuantizeLinear RMSNormalization RandomNormalLike RandomUniformLike
-    Reciprocal Relu ReverseSequence RotaryEmbedding Round Scatter ScatterElements ScatterND Selu Shrink Sigmoid Sin
+    Reciprocal Relu ReverseSequence RotaryEmbedding Scatter ScatterElements ScatterND Selu Shrink Sigmoid Sin
     Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh TensorScatter ThresholdedRelu Trilu
 """
 
@@ -189,6 +192,11 @@ def _truncate(a: Dim, b: Dim) -> Dim:
     return symbolic.unknown() if b == 0 else symbolic.truncate_divide(a, b)
 
 
+def _divide(a: Dim, b: Dim) -> Dim:
+    exact = symbolic.quotient([a], [b])
+    return symbolic.unknown() if exact is None else exact
+
+
 BINARY: dict[str, Callable[[Dim, Dim], Dim]] = {
     "Add": operator.add,
     "Sub": operator.sub,
@@ -223,6 +231,8 @@ def elementwise(call: Call) -> Sequence[Fact | None]:
     shape = broadcast_shapes(shapes)
     contents = [fact.content for fact in call.facts if fact is not None and fact.content is not None]
     function = BINARY.get(call.node.op_type)
+    if call.node.op_type == "Div" and call.node.outputs[0].dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        function = _divide
     if function is None or len(contents) < len(shapes) or (call.node.op_type == "Mod" and call.attr("fmod", 0)):
         return [Fact(shape)]
     result = contents[0]
@@ -244,7 +254,14 @@ def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
     return tuple(result)
 
 
+def _itself(a: Dim) -> Dim:
+    return a
+
+
 UNARY: dict[str, Callable[[Dim], Dim]] = {
+    "Ceil": _itself,
+    "Floor": _itself,
+    "Round": _itself,
     "Abs": lambda a: a if symbolic.nonnegative(a) else -a if symbolic.nonnegative(-a) else symbolic.unknown(0),
     "Neg": operator.neg,
     "Not": lambda a: int(not a) if isinstance(a, int) else 1 - a,
@@ -261,24 +278,28 @@ def unary(call: Call) -> Sequence[Fact | None]:
     return [Fact(content.shape, each(UNARY[call.node.op_type], content))]
 
 
-_INTEGERS = {
+# Types whose contents are followed, and the whole numbers they hold exactly.
+RANGES = {
     ir.DataType.INT64: (-(2**63), 2**63 - 1),
     ir.DataType.INT32: (-(2**31), 2**31 - 1),
+    ir.DataType.BOOL: (0, 1),
+    ir.DataType.FLOAT: (-(2**24), 2**24),
+    ir.DataType.DOUBLE: (-(2**53), 2**53),
 }
 
 
 @rule("Cast", "CastLike")
 def cast(call: Call) -> Sequence[Fact | None]:
-    """Integers stay what they are where the new type holds them; sizes of tensors fit in 32 bits."""
+    """Whole numbers stay what they are where the new type holds them; sizes of tensors fit in 24 bits."""
     content = call.content()
     to = call.node.outputs[0].dtype if call.node.op_type == "CastLike" else ir.DataType(call.attr("to"))
     if content is None or to is None:
         return [Fact(call.shape())]
     if to is ir.DataType.BOOL:
         return [Fact(content.shape, each(_truth, content))]
-    if to not in _INTEGERS:
+    if to not in RANGES:
         return [Fact(content.shape)]
-    low, high = _INTEGERS[to]
+    low, high = RANGES[to]
     inside = all(not isinstance(d, int) or low <= d <= high for d in content.reshape(-1))
     return [Fact(content.shape, content if inside else None)]
 
@@ -406,7 +427,7 @@ def constant_of_shape(call: Call) -> Sequence[Fact | None]:
     filler: Any = 0
     if value is not None:
         tensor = value.as_tensor()
-        if tensor.dtype not in (*_INTEGERS, ir.DataType.BOOL):
+        if tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
             return [Fact(shape)]
         filler = int(tensor.numpy().reshape(-1)[0])
     else:

@@ -16,17 +16,14 @@ import onnx_ir as ir
 
 from onnxslim import shape_moves, shape_windows, symbolic
 from onnxslim.graph import is_constant, opset, subgraphs
-from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RULES, Call, Fact, Shape
+from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RANGES, RULES, Call, Fact, Shape
 from onnxslim.symbolic import Dim
 
 __all__ = ["Fact", "Shape", "Shapes"]
 
 _TABLES = (shape_moves, shape_windows)  # imported for the rules they register
-_RANGES = {
-    ir.DataType.INT64: (-(2**63), 2**63 - 1),
-    ir.DataType.INT32: (-(2**31), 2**31 - 1),
-    ir.DataType.BOOL: (0, 1),
-}
+# Float weights of more elements than this are not looked at: shape arithmetic in floats is about scales.
+_FLOATS = 8
 # Names that exporters write when they mean "any size": two of them are two sizes.
 _ANONYMOUS = frozenset({"", "?", "-1", "None", "none", "unk"})
 
@@ -167,10 +164,15 @@ class Shapes:
         tensor = value.const_value
         assert tensor is not None
         shape = tuple(int(d) for d in tensor.shape.numpy())
-        if tensor.dtype not in _RANGES or tensor.size > MAX_CONTENT:
+        floating = tensor.dtype.is_floating_point()
+        if tensor.dtype not in RANGES or tensor.size > (_FLOATS if floating else MAX_CONTENT):
+            return Fact(shape)
+        numbers = tensor.numpy().reshape(-1)
+        _, high = RANGES[tensor.dtype]
+        if floating and not np.all((np.floor(numbers) == numbers) & (np.abs(numbers) <= high)):
             return Fact(shape)
         content = np.empty(shape, object)
-        content.reshape(-1)[:] = [int(v) for v in tensor.numpy().reshape(-1)]
+        content.reshape(-1)[:] = [int(v) for v in numbers]
         return Fact(shape, content)
 
     def _input(self, value: ir.Value) -> Fact:
@@ -184,7 +186,7 @@ class Shapes:
         """``fact`` without a content that its type cannot hold, as when arithmetic wraps around."""
         if fact.content is None:
             return fact
-        limits = _RANGES.get(value.dtype) if value.dtype is not None else _RANGES[ir.DataType.INT64]
+        limits = RANGES.get(value.dtype) if value.dtype is not None else RANGES[ir.DataType.INT64]
         if limits is None or fact.content.size > MAX_CONTENT:
             return Fact(fact.shape)
         low, high = limits

@@ -24,6 +24,8 @@ from onnxslim.sizes import Rebuilder
 from onnxslim.splits import split_slices
 from onnxslim.views import drop_expand, merge_casts, merge_views, settle_target
 
+# Types of shape arithmetic; the contents of float tensors leave open the sign of a zero.
+_SIZES = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
 # Sweeps after which a graph that still changes is left as it is; each is linear in the nodes, and real models take
 # three to five.
 MAX_SWEEPS = 20
@@ -105,7 +107,7 @@ class _Run:
     def _compute(self, value: ir.Value, shapes: Shapes, equal: ChainMap[Hashable, ir.Value]) -> None:
         """Replace a value whose content is known by a constant, or by an earlier value with the same content."""
         content = shapes.content(value)
-        if content is None or value.dtype is None or not value.uses():
+        if content is None or value.dtype not in _SIZES or not value.uses():
             return
         elements = content.reshape(-1)
         if all(isinstance(d, int) for d in elements):
