@@ -91,7 +91,7 @@ class Data(Sequence[Sample]):
         """
         if self._length < 2:
             return self, self
-        halves = np.array_split(np.arange(self._length), 2 if self._length >= 8 else 1)
+        halves = np.array_split(np.arange(self._length), 2 if held_out * self._length >= 2 else 1)
         second = [int(k) for half in halves for k in half[-max(1, round(held_out * len(half))) :]]
         taken = set(second)
         first = [k for k in range(self._length) if k not in taken]
