@@ -104,6 +104,7 @@ class Edit:
         self._made: list[_New] = []
         self._node_bytes = 0
         self._problem: str | None = None
+        self._growth: tuple[int, bool] | None = None
 
     def give(self, node: ir.Node, index: int, array: np.ndarray, dtype: ir.DataType) -> None:
         """Input ``index`` of ``node`` is to become ``array`` rounded to ``dtype``."""
@@ -130,7 +131,7 @@ class Edit:
         """``node`` stays, with its result, as ``op_type(x, a constant of make)``; see `Work.turn`."""
         self._turned[node] = None
         names = (op_type, x.name, "offset_123", node.outputs[0].name, node.name)
-        self._node_bytes += sum(2 + len(name or "") for name in names) - ir.to_proto(node).ByteSize()
+        self._node_bytes += sum(2 + len(name or "") for name in names) - _message_bytes(node)
 
     def redirect(self, old: ir.Value, new: ir.Value) -> None:
         """The readers of ``old`` will read ``new``, whose name may be longer."""
@@ -145,7 +146,7 @@ class Edit:
         """Why the change must not be made, or None: a number out of range, or a larger file."""
         if self._problem is not None:
             return self._problem
-        growth, copied = self._growth()
+        growth, copied = self._growth = self._weigh()
         allowed = 0 if copied or self._strict else max(self._weights.saved, 0)
         if growth <= allowed:
             return None
@@ -156,7 +157,8 @@ class Edit:
 
     def commit(self) -> list[ir.Value]:
         """Write the constants; returns those asked for with `make`."""
-        self._weights.saved -= self._growth()[0]
+        assert self._growth is not None, "commit comes after refusal"
+        self._weights.saved -= self._growth[0]
         owned = self._owned()
         written: dict[ir.Value | None, list[ir.Value]] = {}
         made = []
@@ -204,7 +206,7 @@ class Edit:
             and all(use.node in gone or (use.node, use.idx) in self._slots for use in value.uses())
         }
 
-    def _growth(self) -> tuple[int, bool]:
+    def _weigh(self) -> tuple[int, bool]:
         """Bytes of the file after minus before, and whether a weight is copied."""
         owned = self._owned()
         added, copied = self._node_bytes, False
@@ -232,7 +234,13 @@ def _constant_bytes(tensor: np.ndarray | ir.TensorProtocol, name: int) -> int:
 def _node_bytes(node: ir.Node) -> int:
     """Bytes of a node and of what the file says about the shapes of its results."""
     declared = [v for v in node.outputs if not v.is_graph_output() and v.type is not None]
-    return ir.to_proto(node).ByteSize() + 2 + sum(len(v.name or "") + _shape_bytes(v) for v in declared)
+    return _message_bytes(node) + 2 + sum(len(v.name or "") + _shape_bytes(v) for v in declared)
+
+
+def _message_bytes(node: ir.Node) -> int:
+    """At least this many bytes hold operator, name, inputs, outputs and attributes."""
+    names = (node.op_type, node.name, *(v.name if v is not None else "" for v in (*node.inputs, *node.outputs)))
+    return sum(2 + len(name or "") for name in names) + sum(6 + len(name) for name in node.attributes)
 
 
 def _shape_bytes(value: ir.Value) -> int:

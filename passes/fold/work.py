@@ -18,13 +18,14 @@ class Work:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.graph = model.graph
+        self.graphs = list(model.graphs())
         self.weights = Weights()
         self.done: collections.Counter[str] = collections.Counter()
         self.reasons: dict[ir.Node, str] = {}
 
     def nodes(self) -> Iterator[ir.Node]:
         """The nodes of the graph and its subgraphs that are still there when their turn comes."""
-        for graph in self.model.graphs():
+        for graph in self.graphs:
             for node in list(graph):
                 if node.graph is not None:
                     yield node
