@@ -28,26 +28,29 @@ def remove_changes(model: ir.Model, shapes: Shapes) -> int:
     """
     found = changes(model, shapes)
     positions = {node: k for k, node in enumerate(model.graph)} if found else {}
-    return sum(_Search(change, heads, positions).run() for change, heads in found)
+    return sum(_Search(change, nodes, positions).run() for change, nodes in found)
 
 
 class _Search:
-    """Regions of indifferent nodes behind the nodes that lead into one form."""
+    """Regions of indifferent nodes beside the nodes that make or undo one change of form."""
 
-    def __init__(self, change: Change, heads: list[ir.Node], positions: dict[ir.Node, int]) -> None:
+    def __init__(self, change: Change, border: list[ir.Node], positions: dict[ir.Node, int]) -> None:
         self._change = change
-        self._heads = heads
+        self._border = border
         self._positions = positions
         self._visited: set[ir.Node] = set()
 
     def run(self) -> int:
         saved = 0
-        for node in self._heads:
-            if node.graph is None or not self._change.leads_in(node):
-                continue
-            for use in list(node.outputs[0].uses()):
-                if self._joins(use.node):
-                    saved += self._turn_best(self._region(use.node))
+        for node in self._border:
+            beside: list[ir.Node | None] = []
+            if node.graph is not None and self._change.leads_in(node):
+                beside += [use.node for use in node.outputs[0].uses()]
+            if node.graph is not None and self._change.leads_out(node) and node.inputs[0] is not None:
+                beside.append(node.inputs[0].producer())
+            for start in beside:
+                if start is not None and self._joins(start):
+                    saved += self._turn_best(self._region(start))
         return saved
 
     def _joins(self, node: ir.Node | None) -> bool:
@@ -66,7 +69,7 @@ class _Search:
         while stack:
             node = stack.pop()
             neighbours = [v.producer() for v in tensors(node)]
-            neighbours += [use.node for v in node.outputs for use in v.uses()]
+            neighbours += [use.node for v in (*tensors(node), *node.outputs) for use in v.uses()]
             for other in neighbours:
                 if other is not None and self._joins(other):
                     self._visited.add(other)

@@ -37,7 +37,7 @@ class Shapes:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self._opset = opset(model)
+        self.opset = opset(model)
         self._imports = dict(model.graph.opset_imports)
         self._ir_version = int(model.ir_version or 10)
         self._top = model.graph
@@ -75,7 +75,7 @@ class Shapes:
 
     def call(self, node: ir.Node) -> Call:
         """``node`` with the facts of its inputs."""
-        return Call(node, [None if v is None else self.fact(v) for v in node.inputs], self._opset)
+        return Call(node, [None if v is None else self.fact(v) for v in node.inputs], self.opset)
 
     def same(self, value: ir.Value, other: ir.Value) -> None:
         """Record that ``other``, a new value, is the same tensor as ``value``."""
@@ -151,7 +151,7 @@ class Shapes:
             proto.attribute.append(ir.serde.serialize_attribute(attr))
         imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self._imports.items()]
         try:
-            schema = onnx.defs.get_schema(node.op_type, self._opset, "")
+            schema = onnx.defs.get_schema(node.op_type, self.opset, "")
             found = onnx.shape_inference.infer_node_outputs(
                 schema, proto, types, data, opset_imports=imports, ir_version=self._ir_version
             )

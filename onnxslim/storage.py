@@ -8,6 +8,8 @@ bit.
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +18,7 @@ from onnxslim.graph import add_constant, add_node, attribute, constant, is_const
 from onnxslim.shape_moves import pad_amounts, slice_bounds
 from onnxslim.shape_rules import BROADCAST, Shape, axis_of
 from onnxslim.shapes import Shapes
-from onnxslim.views import constant_target, is_view
+from onnxslim.views import add_view, can_view, is_view
 
 _UNARY_NAMES = """
     Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish
@@ -207,11 +209,11 @@ class Reshaping(Change):
 
     @property
     def can_enter(self) -> bool:
-        return constant_target(self._outer, self._inner) is not None
+        return can_view(self._outer, self._inner)
 
     @property
     def can_leave(self) -> bool:
-        return constant_target(self._inner, self._outer) is not None
+        return can_view(self._inner, self._outer)
 
     def _is(self, node: ir.Node, source: Shape, result: Shape) -> bool:
         if not is_view(node, self.shapes) or self.shapes.shape(node.outputs[0]) != result:
@@ -233,15 +235,11 @@ class Reshaping(Change):
     def declared(self, shape: ir.Shape) -> ir.Shape | None:
         return None
 
-    def _reshape(self, value: ir.Value, source: Shape, result: Shape, **place: ir.Node) -> ir.Value:
-        target = add_constant(self.top, f"{value.name}_shape", np.array(constant_target(source, result), np.int64))
-        return add_node(self.top, "Reshape", [value, target], **place).outputs[0]  # type: ignore[arg-type]
-
     def enter(self, value: ir.Value, after: ir.Node) -> ir.Value:
-        return self._reshape(value, self._outer, self._inner, after=after)
+        return add_view(value, self._outer, self._inner, self.opset, self.top, after=after)
 
     def leave(self, value: ir.Value, before: ir.Node) -> ir.Value:
-        return self._reshape(value, self._inner, self._outer, before=before)
+        return add_view(value, self._inner, self._outer, self.opset, self.top, before=before)
 
     def accepts(self, node: ir.Node) -> bool:
         if node.op_type in _UNARY:
@@ -269,23 +267,26 @@ def permutation(node: ir.Node, shapes: Shapes) -> tuple[int, ...] | None:
 
 
 def changes(model: ir.Model, shapes: Shapes) -> list[tuple[Change, list[ir.Node]]]:
-    """Every change of form that stands in the main graph twice, or together with its opposite, and where."""
-    heads: dict[tuple[object, ...], list[ir.Node]] = {}
+    """Every change of form that two nodes of the main graph make or undo, with these nodes."""
+    found: dict[Hashable, tuple[Change, list[ir.Node]]] = {}
     for node in model.graph:
-        key: tuple[object, ...] | None = permutation(node, shapes)
-        if key is None and is_view(node, shapes):
-            outer, inner = shapes.shape(node.inputs[0]), shapes.shape(node.outputs[0])
-            key = None if outer is None or inner is None or outer == inner else ("view", outer, inner)
-        if key is not None:
-            heads.setdefault(key, []).append(node)
-    found: list[tuple[Change, list[ir.Node]]] = []
-    for key, nodes in heads.items():
-        if key[:1] == ("view",):
-            change: Change = Reshaping(model, shapes, *key[1:])  # type: ignore[arg-type]
-            opposite: tuple[object, ...] = ("view", key[2], key[1])
-        else:
-            turn = Permutation(model, shapes, key)  # type: ignore[arg-type]
-            change, opposite = turn, turn.inverse
-        if len(nodes) > 1 or opposite in heads:
-            found.append((change, nodes))
-    return found
+        for key, make in _forms(node, model, shapes):
+            if key not in found:
+                found[key] = (make(), [])
+            found[key][1].append(node)
+    return [(change, nodes) for change, nodes in found.values() if len(nodes) > 1]
+
+
+def _forms(node: ir.Node, model: ir.Model, shapes: Shapes) -> list[tuple[Hashable, Callable[[], Change]]]:
+    """The change that ``node`` makes and the one that it undoes, by a key."""
+    perm = permutation(node, shapes)
+    if perm is not None:
+        perms = dict.fromkeys((perm, tuple(int(k) for k in np.argsort(perm))))
+        return [(p, functools.partial(Permutation, model, shapes, p)) for p in perms]
+    if not is_view(node, shapes):
+        return []
+    one, two = shapes.shape(node.inputs[0]), shapes.shape(node.outputs[0])
+    if one is None or two is None or one == two:
+        return []
+    pairs = ((one, two), (two, one))
+    return [(("view", *pair), functools.partial(Reshaping, model, shapes, *pair)) for pair in pairs]

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import symbolic
-from onnxslim.graph import add_constant, attribute, is_constant, is_op
+from onnxslim.graph import add_constant, add_node, attribute, is_constant, is_op, set_attribute
 from onnxslim.shape_moves import slice_bounds
 from onnxslim.shape_rules import BROADCAST, Shape, broadcast_shapes
 from onnxslim.shapes import Shapes
@@ -54,7 +54,7 @@ def is_view(node: ir.Node | None, shapes: Shapes) -> bool:
 
 
 def merge_views(node: ir.Node, shapes: Shapes, top: ir.Graph) -> bool:
-    """Make ``node`` one Reshape of what the view before it reads, when nothing but views reads that view."""
+    """Make ``node`` one view of what the view before it reads, when nothing but views reads that view."""
     before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     if before is None or not is_view(node, shapes) or not is_view(before, shapes):
         return False
@@ -62,11 +62,70 @@ def merge_views(node: ir.Node, shapes: Shapes, top: ir.Graph) -> bool:
     if middle.is_graph_output() or not all(use.idx == 0 and is_view(use.node, shapes) for use in middle.uses()):
         return False
     source = before.inputs[0]
-    target = constant_target(shapes.shape(source), shapes.shape(node.outputs[0]))
-    if source is None or target is None:
+    old, new = shapes.shape(source), shapes.shape(node.outputs[0])
+    if source is None or old is None or new is None:
+        return False
+    # Squeeze and Unsqueeze are exact for every size, and what runtimes look for.
+    squeezed = _squeezing(old, new) if all(is_op(n, "Squeeze", "Unsqueeze") for n in (node, before)) else None
+    if squeezed is not None:
+        node.op_type = squeezed[0]
+        node.replace_input_with(0, source)
+        _set_axes(node, squeezed[1], shapes.opset, top)
+        return True
+    target = constant_target(old, new)
+    if target is None:
         return False
     make_reshape(node, source, target, top)
     return True
+
+
+def _ones_between(short: Shape, long: Shape) -> list[int] | None:
+    """Axes of ``long`` that must be 1 and go to leave ``short``."""
+    axes = []
+    k = 0
+    for axis, dim in enumerate(long):
+        if k < len(short) and short[k] == dim:
+            k += 1
+        elif dim == 1:
+            axes.append(axis)
+        else:
+            return None
+    return axes if k == len(short) and axes else None
+
+
+def _squeezing(old: Shape, new: Shape) -> tuple[str, list[int]] | None:
+    """The Squeeze or Unsqueeze, with its axes, that leads from one shape to another."""
+    axes = _ones_between(old, new)
+    if axes is not None:
+        return "Unsqueeze", axes
+    axes = _ones_between(new, old)
+    return None if axes is None else ("Squeeze", axes)
+
+
+def _set_axes(node: ir.Node, axes: list[int], version: int, top: ir.Graph) -> None:
+    node.attributes.clear()
+    if version < 13:
+        node.resize_inputs(1)
+        set_attribute(node, "axes", axes)
+    else:
+        node.resize_inputs(2)
+        node.replace_input_with(1, add_constant(top, f"{node.outputs[0].name}_axes", np.array(axes, np.int64)))
+
+
+def can_view(old: Shape, new: Shape) -> bool:
+    """True when `add_view` knows a node that leads from one shape to the other."""
+    return _squeezing(old, new) is not None or constant_target(old, new) is not None
+
+
+def add_view(value: ir.Value, old: Shape, new: Shape, version: int, top: ir.Graph, **place: ir.Node) -> ir.Value:
+    """A new node, before or after another, that gives ``value`` the shape ``new``."""
+    squeezed = _squeezing(old, new)
+    if squeezed is not None:
+        node = add_node(top, squeezed[0], [value], **place)  # type: ignore[arg-type]
+        _set_axes(node, squeezed[1], version, top)
+        return node.outputs[0]
+    target = add_constant(top, f"{value.name}_shape", np.array(constant_target(old, new), np.int64))
+    return add_node(top, "Reshape", [value, target], **place).outputs[0]  # type: ignore[arg-type]
 
 
 def make_reshape(node: ir.Node, source: ir.Value, target: Sequence[int], top: ir.Graph) -> None:

@@ -94,6 +94,22 @@ def test_reshapes_around_elementwise_operators_cancel() -> None:
     np.testing.assert_array_equal(run(proto)[0], run(result)[0])
 
 
+def test_two_readers_share_the_change_before_them() -> None:
+    proto = build(
+        """(float[n, 4] x) => (float[n, 1, 4] y) {
+            a = Cos(x)
+            b = Unsqueeze(a, axis)
+            c = Sin(x)
+            d = Unsqueeze(c, axis)
+            y = Sub(b, d)
+        }""",
+        ("axis", np.array([1])),
+    )
+    result = simplified(proto)
+    assert sorted(operators(result)) == ["Cos", "Sin", "Sub", "Unsqueeze"]
+    np.testing.assert_array_equal(run(proto)[0], run(result)[0])
+
+
 def test_a_single_transpose_stays_where_it_is() -> None:
     proto = build("(float[2, 3] x) => (float[3, 2] y) { a = Transpose<perm=[1, 0]>(x)\n y = Relu(a) }")
     assert operators(simplified(proto)) == ["Transpose", "Relu"]
