@@ -31,7 +31,7 @@ OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """``first``, a chain of affine nodes or None, and ``second``; nobody else reads anything in between."""
+    """``first``, nodes that add constants or None, and ``second``; nobody else reads anything in between."""
 
     first: Linear
     between: Affine | None
@@ -58,7 +58,8 @@ def pair(work: Work, second: Linear) -> Pair | None:
         return None
     if linear_operator(x.producer()) is None:
         chains = chain_before(x, work.weights.read)
-        if not chains or g.only_user(chains[0].x) is None:
+        # A scale would be in one of the two weights by now, had it been possible to change it.
+        if not chains or chains[0].scales or g.only_user(chains[0].x) is None:
             return None
         between, x = chains[0], chains[0].x
     first = linear_operator(x.producer())
@@ -116,15 +117,15 @@ def multiply_pair(work: Work, both: Pair, *, any_size: bool = False) -> tuple[Li
     b1, b2 = first.bias_vector(read), second.bias_vector(read)
     if b1 is None or b2 is None:
         return "the bias of one of the two linear operators is no constant per output channel"
-    scale, offset = _between(both)
-    if scale is None or offset is None:
-        return "a constant in between varies along another axis than the channels"
-    b1 = scale * b1 + offset
+    if both.between is not None:
+        offset = along(both.between.offset, first.out_axis, first.outputs, first.rank)
+        if offset is None:
+            return "a constant in between varies along another axis than the channels"
+        b1 = b1 + offset
     if np.any(b1) and not second.uniform:
         return f"the zero padding of {second.node.op_type} does not see the bias in front of it"
     bias = b2 + second.gain * np.einsum("goik,gi->go", m2, b1.reshape(second.groups, -1)).reshape(-1)
-    m1 = expand(m1 * scale.reshape(first.groups, -1, 1, 1), groups)
-    m2 = expand(m2, groups)
+    m1, m2 = expand(m1, groups), expand(m2, groups)
     if host is first:
         matrix = second.gain * np.einsum("goc,gcik->goik", m2[..., 0], m1, optimize=True)
     else:
@@ -182,16 +183,6 @@ def _merge(work: Work, both: Pair) -> str | None:
 
 def _weights(linear: Linear) -> int:
     return linear.w.const_value.size if linear.w.const_value is not None else 0
-
-
-def _between(both: Pair) -> tuple[np.ndarray | None, np.ndarray | None]:
-    first = both.first
-    if both.between is None:
-        return np.ones(first.outputs), np.zeros(first.outputs)
-    scale, offset = (
-        along(a, first.out_axis, first.outputs, first.rank) for a in (both.between.scale, both.between.offset)
-    )
-    return scale, offset
 
 
 def _enlarges(linear: Linear) -> bool:

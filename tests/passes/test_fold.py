@@ -968,7 +968,8 @@ def test_a_product_that_turns_rows_into_columns_is_no_pointwise_one() -> None:
     nodes = [node("Gemm", "v x", "p"), node("Gemm", "p w b", transA=1)]
     model = net(nodes, {"x": [4, 3]}, {"v": normal(6, 4), "w": normal(6, 5), "b": normal(5)})
     assert operators(fold(model, {"x": normal(4, 3)})) == ["Gemm"]
-    model.graph.node[1].attribute.append(helper.make_attribute("alpha", 0.5))
+    for product in model.graph.node:
+        product.attribute.append(helper.make_attribute("alpha", 0.5))
     assert operators(fold(model, {"x": normal(4, 3)})) == ["Gemm"]
 
 
@@ -976,6 +977,9 @@ def test_a_result_in_between_that_others_read_keeps_the_pair() -> None:
     nodes = [node("MatMul", "x v", "p"), node("MatMul", "p w", "y"), node("Relu", "p", "z")]
     parts = {"v": normal(4, 8), "w": normal(8, 4)}
     model = net(nodes, {"x": [2, 3, 4]}, parts, ("y", "z"))
+    assert operators(fold(model, {"x": normal(2, 3, 4)})).count("MatMul") == 2
+    offset = [nodes[0], node("Add", "p a", "q"), node("MatMul", "q w", "r"), node("Add", "r b"), nodes[2]]
+    model = net(offset, {"x": [2, 3, 4]}, {**parts, "a": normal(8), "b": normal(4)}, ("y", "z"))
     assert operators(fold(model, {"x": normal(2, 3, 4)})).count("MatMul") == 2
     output = net(nodes[:2], {"x": [2, 3, 4]}, parts, ("y", "p"))
     assert operators(fold(output, {"x": normal(2, 3, 4)})).count("MatMul") == 2
@@ -1051,6 +1055,12 @@ def test_a_low_rank_update_merges_into_its_matrix() -> None:
     ]  # fmt: skip
     parts = {"w": normal(8, 8), "a": normal(8, 2), "b": normal(2, 8), "half": np.float32(0.5)}
     assert operators(fold(net(nodes, {"x": [2, 3, 8]}, parts), {"x": normal(2, 3, 8)})) == ["MatMul"]
+
+
+def test_the_factors_of_gemm_branches_are_kept() -> None:
+    nodes = [node("Gemm", "x w b", "p", alpha=0.5, beta=2.0), node("Gemm", "x v", "q", alpha=3.0), node("Sub", "q p")]
+    model = net(nodes, {"x": [2, 4]}, {"w": normal(4, 5), "v": normal(4, 5), "b": normal(5)})
+    assert operators(fold(model, {"x": normal(2, 4)})) == ["Gemm"]
 
 
 def test_branches_of_different_values_stay() -> None:
