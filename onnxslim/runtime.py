@@ -148,7 +148,10 @@ def tap(
     from onnxslim.graph import remove_dead
 
     remove_dead(clone.graph)
-    runner = load(clone, threads=threads, optimize=optimize)
+    chosen = options(threads=threads, optimize=optimize)
+    # Idle threads that spin would take the cores from the arithmetic done on the values between two passes.
+    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    runner = load(clone, chosen=chosen)
     for feed in feeds:
         results = run(runner, feed)
         yield {name: results[name] if name in results else np.asarray(feed[name]) for name in wanted}
