@@ -248,7 +248,7 @@ def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 
     Args:
         feeds: one sample; the shapes seen on it are those that the rules work with.
     """
-    from onnxslim.rules import RULES
+    from onnxslim import rules, rules_movement  # noqa: F401 - they import this module, and register themselves
 
     shapes, small = _observe(model, feeds, threads)
     coupling = Coupling(model, shapes, small)
@@ -256,7 +256,7 @@ def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 
         if not value.is_initializer():
             coupling.labels[value] = [None] * len(coupling.shape(value))
     for node in model.graph:
-        rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx", "com.microsoft") else None
+        rule = rules.RULES.get(node.op_type) if node.domain in ("", "ai.onnx", "com.microsoft") else None
         (rule or unknown)(coupling, node)
     for value in model.graph.outputs:
         coupling.freeze_value(value, f"graph output {value.name}")
