@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-# Below this a scale is denormal or zero in float32 and x / scale overflows.
-SMALLEST_SCALE = 1e-30
+# The scale of a bias is the product of two scales: it must not vanish in float32 (smallest normal number 1.2e-38).
+SMALLEST_SCALE = 1e-18
 # Room for the accumulator: a bias may use half of the int32 range.
 LARGEST_BIAS = 2.0**30
 

@@ -98,3 +98,10 @@ def test_a_dead_channel_keeps_its_bias() -> None:
     stored = bias_params(params, np.float32(0.01), 2)
     np.testing.assert_allclose(dequantize(quantize(bias, stored), stored), bias, rtol=1e-3)
     assert params.scale[1] == weight_params(weight, 0).scale[1]
+
+
+def test_scales_of_zeros_do_not_vanish() -> None:
+    weight = weight_params(np.zeros((2, 3), np.float32), 0)
+    params = bias_params(weight, activation_params(0.0, 0.0).scale, 2)
+    assert (params.scale > np.finfo(np.float32).tiny).all()
+    assert (quantize(np.zeros(2, np.float32), params) == 0).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxslim.contract import Context
@@ -12,8 +13,9 @@ from onnxslim.data import Data
 from onnxslim.passes.int8.prepare import Prepared
 from onnxslim.probe import Switched, noise
 
-# Held-out samples that judge a choice, and seconds that ranking the layers may take.
-JUDGED, SECONDS = 12, 15.0
+# Held-out samples that judge a choice; seconds that ranking the layers and judging one choice may take.
+JUDGED, FEWEST = 12, 4
+SECONDS, SECONDS_PER_TRIAL = 15.0, 2.0
 # A layer in float costs its MACs and the conversion of its inputs and outputs: so many MACs per element, and at least.
 MACS_PER_ELEMENT, MACS_PER_LAYER = 64, 1e6
 
@@ -25,8 +27,14 @@ class Judge:
         self.ready = ready
         self.ctx = ctx
         self.switched = Switched(model, ready.plan(ready.choose(ready.products)), ctx.threads)
-        self.feeds = list(data.spread(JUDGED).feeds())
-        self.exact = [self.switched(feed, ()) for feed in self.feeds]
+        self.feeds: list[dict[str, np.ndarray]] = []
+        self.exact: list[list[np.ndarray]] = []
+        start = time.perf_counter()
+        for feed in data.spread(JUDGED).feeds():
+            self.feeds.append(feed)
+            self.exact.append(self.switched(feed, ()))
+            if len(self.feeds) >= FEWEST and time.perf_counter() - start > SECONDS_PER_TRIAL:
+                break
 
     def noise(self, chosen: Collection[str]) -> float:
         """Of the worst output."""

@@ -6,7 +6,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from strategies import graphs
 
 from onnxslim import data, runtime
 from onnxslim import model as model_io
@@ -14,6 +17,7 @@ from onnxslim.contract import Context, Outcome
 from onnxslim.errors import UsageError
 from onnxslim.passes.int8 import Int8
 from onnxslim.pipeline import parse
+from onnxslim.probe import noise
 
 RNG = np.random.default_rng(0)
 
@@ -127,3 +131,17 @@ def test_options_are_checked_and_round_trip() -> None:
     assert parse(str(item)) == [item]
     with pytest.raises(UsageError, match="fidelity"):
         Int8(fidelity=1.5)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(graphs(), st.booleans())
+def test_any_graph_stays_valid_and_faithful(case: tuple[onnx.ModelProto, dict[str, np.ndarray]], switch: bool) -> None:
+    proto, feed = case
+    model = model_io.load(proto)
+    reference = runtime.load(model)(feed)
+    draft, outcome = run(model, Int8(measure=False, fidelity=0.9, equalize=switch), [feed] * 4)
+    if not outcome.stats["int8_layers"]:
+        assert model_io.to_bytes(draft) == model_io.to_bytes(model)
+    got = runtime.load(draft)(feed)
+    assert list(got) == list(reference)
+    assert noise([(list(reference.values()), list(got.values()))]) < 0.15
