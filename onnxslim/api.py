@@ -264,8 +264,7 @@ class _Run:
         while True:
             quiet = list(self.ctx.warnings)
             model, steps = pipeline.run(self.original, chosen, self.ctx, self.checks, self._reproduce)
-            if lossless:
-                model = self._sound(model)
+            model = self._settle(model, lossless)
             slow = self._offender(chosen) if lossless and self.bench_seconds else None
             if slow is None:
                 return model, steps
@@ -274,19 +273,24 @@ class _Run:
             self.ctx.warnings[:] = [*quiet, f"{item} was dropped: it made the model slower ({ratio:.2f}x)"]
             self.checks.restart()
 
-    def _sound(self, model: ir.Model) -> ir.Model:
-        """The last kept model whose outputs, after all passes together, are still those of the original."""
+    def _settle(self, model: ir.Model, lossless: bool) -> ir.Model:
+        """The last kept model that, after all passes together, is right: lossless, and within the budget."""
         if self.checks.evaluation is None:
             return model
         while True:
             name, model = self.checks.kept[-1]
-            broken = self.checks.measure(model)[0].broken(lambda: self.checks.noise(self.checks.evaluation))
-            if broken is None:
-                return model
-            if not name:
+            fidelity, value = self.checks.measure(model)
+            broken = fidelity.broken(lambda: self.checks.noise(self.checks.evaluation)) if lossless else None
+            if broken is not None and not name:
                 raise CheckError(f"reading the model changed what it computes: {broken}; please report it")
-            self.checks.failed.append(broken)
-            self.ctx.warnings.append(f"{name} was undone: over all passes, {broken}")
+            missed = self.checks.budget.missed(value) if self.checks.budget and value is not None else None
+            if not name or (broken is None and missed is None):
+                return model
+            if broken is not None:
+                self.checks.failed.append(broken)
+            if missed is not None:
+                self.checks.missed.append(missed)
+            self.ctx.warnings.append(f"{name} was undone: over all passes, {broken or missed}")
             self.checks.kept.pop()
 
     def _offender(self, chosen: Sequence[Pass]) -> tuple[Pass, float] | None:
@@ -357,7 +361,7 @@ class _Run:
             }
             self.ctx.warnings[:0] = measured.warnings()
             if self.checks.budget is not None and value is not None:
-                metric = self._metric_entry(self.checks.budget, value, measured)
+                metric = _metric_entry(self.checks.budget, value, measured)
         if self.bench_seconds:
             self._measure_latency(model)
         self._comment(steps)
@@ -383,19 +387,6 @@ class _Run:
         missed = bool(self.checks.failed or self.checks.missed)
         return Result(model, report, 123 if self.repro else int(missed), self.repro)
 
-    def _metric_entry(self, budget: Budget, value: float, measured: verify.Fidelity) -> dict[str, Any]:
-        missed = budget.missed(value)
-        if missed is not None and missed not in self.checks.missed:
-            self.checks.missed.append(missed)
-        return {
-            "name": budget.metric.name,
-            "before": budget.before,
-            "after": value,
-            "drop": budget.before - value,
-            "max_drop": budget.allowed,
-            "samples": measured.samples,
-        }
-
     def _comment(self, steps: Sequence[pipeline.Step]) -> None:
         """Say first what the user must not overlook."""
         lines = []
@@ -418,6 +409,17 @@ class _Run:
     def _reproduce(self, model: ir.Model, item: Pass, error: Exception) -> None:
         self.repro = repro.leave(error, model=model, pipeline=str(item))
         self.crashed = f"{item.name} crashed ({type(error).__name__}: {error}) and was undone"
+
+
+def _metric_entry(budget: Budget, value: float, measured: verify.Fidelity) -> dict[str, Any]:
+    return {
+        "name": budget.metric.name,
+        "before": budget.before,
+        "after": value,
+        "drop": budget.before - value,
+        "max_drop": budget.allowed,
+        "samples": measured.samples,
+    }
 
 
 def _figures(model: ir.Model, size: int, feed: Any, ctx: Context, which: str) -> dict[str, int]:

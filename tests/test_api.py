@@ -215,6 +215,17 @@ def test_a_budget_that_is_missed_keeps_the_best_within_it(tiny: Path, samples: M
     assert np.allclose(_answer(result.model), _answer(tiny), atol=1e-6)
 
 
+def test_a_budget_binds_the_whole_pipeline(tiny: Path, samples: Maker) -> None:
+    """A lossless pass may move the metric too: psnr falls from its ceiling with the first rounding."""
+    x = {"x": samples(8)["x"]}
+    allowed = _optimize(tiny, "lie(by=1.00005)", evaluation=x, metric="psnr", max_drop=50)
+    assert (allowed.exit_code, _kept(allowed)) == (0, "lie(by=1.00005)")
+    result = _optimize(tiny, "lie(by=1.00005)", evaluation=x, metric="psnr", max_drop=1)
+    assert (result.exit_code, _kept(result)) == (1, "")
+    assert result.report.metric is not None
+    assert result.report.metric["after"] == result.report.metric["before"]
+
+
 def test_a_missed_budget_does_not_cost_the_other_passes(tiny: Path, samples: Maker) -> None:
     result = _optimize(
         tiny,
@@ -372,6 +383,19 @@ def test_a_lossless_pass_that_makes_it_slower_is_dropped(tiny: Path, monkeypatch
     assert [p["name"] for p in result.report.passes] == ["keep", "keep"]
     assert "slow" not in result.model.metadata_props
     assert result.report.bench[0]["speedup"] == 1.0
+
+
+def test_what_two_sessions_of_one_file_differ_by_is_noise(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(speeds: list[float]) -> Any:
+        latency = [runtime.Latency(1 / s, 1 / s, 1 / s, 9) for s in speeds]
+        compared = runtime.Comparison(latency, speeds, [(s - 0.01, s + 0.01) for s in speeds])
+        monkeypatch.setattr(runtime, "compare_latency", lambda *_, **__: compared)
+        return _optimize(tiny, bench=True)
+
+    noisy = fake([1.0, 0.93, 0.95])
+    assert _kept(noisy) == "keep"
+    assert noisy.report.bench[0]["interval"] == pytest.approx([0.87, 1.03])
+    assert _kept(fake([1.0, 0.99, 0.95])) == "", "slower beyond noise"
 
 
 def test_progress_is_shown(tiny: Path) -> None:
