@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from strategies import graphs
 
 from onnxslim import data, runtime
 from onnxslim import model as model_io
@@ -18,6 +20,9 @@ from onnxslim.errors import UsageError
 from onnxslim.passes.int8 import Int8
 from onnxslim.pipeline import parse
 from onnxslim.probe import noise
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from strategies import graphs
 
 RNG = np.random.default_rng(0)
 
