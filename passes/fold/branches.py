@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxslim import graph as g
 from onnxslim.linear import Linear, along, padded
 from onnxslim.passes.fold.absorb import Rewrite, place, record
-from onnxslim.passes.fold.affine import Affine, chain_before, keeps_shape
+from onnxslim.passes.fold.affine import Affine, chain_before
 from onnxslim.passes.fold.edit import EXACT_ELEMENTS, representable
 from onnxslim.passes.fold.products import expand, linear_operator, multiply_pair, pair
 from onnxslim.passes.fold.work import Work
@@ -56,7 +56,8 @@ class Branch:
     """A linear function of ``x``: its structure, the nodes that compute it, and, on demand, what it amounts to.
 
     ``content()`` gives the matrix (groups, out, in, taps), the gain of the operator in it, and the bias (out,), or why
-    they are no constants. ``host`` is the operator that could take others in, None when it is not a single one.
+    they are no constants. ``axes`` are the channel axes of ``x`` and of the result. ``host`` is the operator that could
+    take others in, None when it is not a single one.
     """
 
     x: ir.Value
@@ -65,7 +66,7 @@ class Branch:
     inputs: int
     windows: tuple[Window, ...]
     nodes: tuple[ir.Node, ...]
-    axis: int
+    axes: tuple[int, int]
     content: Callable[[], Content | str]
     host: Linear | None = None
 
@@ -146,7 +147,7 @@ def _operator(work: Work, value: ir.Value, reader: ir.Node) -> Branch | None:
     if linear is None or linear.node.op_type == "ConvTranspose" or linear.node.graph is not reader.graph:
         return None
     windows = _windows(linear)
-    if windows is None or linear.in_axis != linear.out_axis or (chain is not None and g.only_user(source) is None):
+    if windows is None or (chain is not None and g.only_user(source) is None):
         return None
     if (linear.w.const_value.size if linear.w.const_value is not None else 0) > EXACT_ELEMENTS:
         return None
@@ -164,9 +165,8 @@ def _operator(work: Work, value: ir.Value, reader: ir.Node) -> Branch | None:
         return matrix * scale.reshape(linear.groups, -1, 1, 1), scale * bias + offset
 
     nodes = (linear.node, *(chain.nodes if chain is not None else ()))
-    return Branch(
-        linear.x, linear.groups, linear.outputs, linear.inputs, windows, nodes, linear.out_axis, content, linear
-    )
+    axes = (linear.in_axis, linear.out_axis)
+    return Branch(linear.x, linear.groups, linear.outputs, linear.inputs, windows, nodes, axes, content, linear)
 
 
 def _product(work: Work, value: ir.Value, reader: ir.Node) -> Branch | None:
@@ -181,8 +181,8 @@ def _product(work: Work, value: ir.Value, reader: ir.Node) -> Branch | None:
         return product if isinstance(product, str) else (product[0].gain * product[1], product[2])
 
     nodes = (both.first.node, *both.nodes, both.second.node)
-    axis = both.first.in_axis if both.first.in_axis == both.second.out_axis else 0
-    return Branch(both.first.x, 1, both.second.outputs, both.first.inputs, (), nodes, axis, content)
+    axes = (both.first.in_axis, both.second.out_axis)
+    return Branch(both.first.x, 1, both.second.outputs, both.first.inputs, (), nodes, axes, content)
 
 
 def _diagonal(work: Work, value: ir.Value, reader: ir.Node, host: Branch) -> Branch | None:
@@ -194,16 +194,15 @@ def _diagonal(work: Work, value: ir.Value, reader: ir.Node, host: Branch) -> Bra
 
     def branch(scale: np.ndarray, offset: np.ndarray, nodes: tuple[ir.Node, ...]) -> Branch:
         content = (scale.reshape(-1, 1, 1, 1), offset)
-        return Branch(linear.x, channels, channels, channels, windows, nodes, linear.out_axis, lambda: content)
+        axes = (linear.in_axis, linear.in_axis)
+        return Branch(linear.x, channels, channels, channels, windows, nodes, axes, lambda: content)
 
-    if linear.inputs != linear.outputs:
-        return None
     if value is linear.x:
         return branch(np.ones(channels), np.zeros(channels), ())
     if g.only_user(value) is not reader:
         return None
     for chain in chain_before(value, work.weights.read):
-        if chain.x is not linear.x or not keeps_shape(chain) or chain.nodes[0].graph is not reader.graph:
+        if chain.x is not linear.x or chain.nodes[0].graph is not reader.graph:
             continue
         scale, offset = (along(a, linear.in_axis, channels, linear.rank) for a in (chain.scale, chain.offset))
         if scale is not None and offset is not None and chain.finite():
@@ -241,7 +240,7 @@ def _windows(linear: Linear) -> tuple[Window, ...] | None:
 
 def _places(taken: Branch, host: Branch) -> np.ndarray | None:
     """Which taps of ``host`` those of ``taken`` are, or None where the one does not fit into the other."""
-    if (taken.axis, taken.outputs, taken.inputs) != (host.axis, host.outputs, host.inputs):
+    if (taken.axes, taken.outputs, taken.inputs) != (host.axes, host.outputs, host.inputs):
         return None
     if taken.groups % host.groups or len(taken.windows) != len(host.windows):
         return None

@@ -978,8 +978,8 @@ def test_a_result_in_between_that_others_read_keeps_the_pair() -> None:
     parts = {"v": normal(4, 8), "w": normal(8, 4)}
     model = net(nodes, {"x": [2, 3, 4]}, parts, ("y", "z"))
     assert operators(fold(model, {"x": normal(2, 3, 4)})).count("MatMul") == 2
-    offset = [nodes[0], node("Add", "p a", "q"), node("MatMul", "q w", "r"), node("Add", "r b"), nodes[2]]
-    model = net(offset, {"x": [2, 3, 4]}, {**parts, "a": normal(8), "b": normal(4)}, ("y", "z"))
+    offset = [nodes[0], node("Add", "p a", "q"), node("MatMul", "q w"), nodes[2]]
+    model = net(offset, {"x": [2, 3, 4]}, {**parts, "a": normal(8)}, ("y", "z"))
     assert operators(fold(model, {"x": normal(2, 3, 4)})).count("MatMul") == 2
     output = net(nodes[:2], {"x": [2, 3, 4]}, parts, ("y", "p"))
     assert operators(fold(output, {"x": normal(2, 3, 4)})).count("MatMul") == 2
@@ -1063,6 +1063,23 @@ def test_the_factors_of_gemm_branches_are_kept() -> None:
     assert operators(fold(model, {"x": normal(2, 4)})) == ["Gemm"]
 
 
+def test_branches_of_transposed_data_merge_with_their_like_only() -> None:
+    nodes = [node("Gemm", "x w b", "p", transA=1), node("Gemm", "x v", "q", transA=1), node("Add", "q p")]
+    parts = {"w": normal(4, 4), "v": normal(4, 4), "b": normal(4)}
+    assert operators(fold(net(nodes, {"x": [4, 4]}, parts), {"x": normal(4, 4)})) == ["Gemm"]
+    nodes[1] = node("Gemm", "x v", "q")
+    assert len(operators(fold(net(nodes, {"x": [4, 4]}, parts), {"x": normal(4, 4)}))) == 3
+    nodes[1:] = [node("Add", "x p")]
+    parts.pop("v")
+    assert operators(fold(net(nodes, {"x": [4, 4]}, parts), {"x": normal(4, 4)})) == ["Gemm", "Add"]
+
+
+def test_paddings_that_depend_on_the_size_of_the_data_are_not_compared() -> None:
+    nodes = [node("Conv", "x w", "p", auto_pad="SAME_UPPER"), node("Conv", "x v", "q", auto_pad="SAME_LOWER")]
+    model = net([*nodes, node("Add", "p q")], {"x": [1, 3, 6]}, {"w": normal(3, 3, 2), "v": normal(3, 3, 2)})
+    assert len(operators(fold(model, {"x": normal(1, 3, 6)}))) == 3
+
+
 def test_branches_of_different_values_stay() -> None:
     nodes = [node("MatMul", "x w", "p"), node("MatMul", "z v", "q"), node("Add", "p q")]
     model = net(nodes, {"x": [2, 3, 4], "z": [2, 3, 4]}, {"w": normal(4, 5), "v": normal(4, 5)})
@@ -1074,7 +1091,14 @@ def test_branches_that_others_read_stay() -> None:
     model = net(nodes, {"x": [2, 3, 4]}, {"w": normal(4, 5), "v": normal(4, 5)}, ("y", "z"))
     result = fold(model, {"x": normal(2, 3, 4)})
     assert operators(result).count("MatMul") == 2
-    outputs = net(nodes[:3], {"x": [2, 3, 4]}, {"w": normal(4, 5), "v": normal(4, 5)}, ("y", "q", "p"))
+    nodes = [
+        node("MatMul", "x w", "p"), node("MatMul", "x v", "q"), node("Add", "q a", "r"), node("Add", "p r"),
+        node("Relu", "q", "z"),
+    ]  # fmt: skip
+    model = net(nodes, {"x": [2, 3, 4]}, {"w": normal(4, 5), "v": normal(4, 5), "a": normal(5)}, ("y", "z"))
+    assert operators(fold(model, {"x": normal(2, 3, 4)})).count("MatMul") == 2
+    nodes = [nodes[0], nodes[1], node("Add", "p q")]
+    outputs = net(nodes, {"x": [2, 3, 4]}, {"w": normal(4, 5), "v": normal(4, 5)}, ("y", "q", "p"))
     assert operators(fold(outputs, {"x": normal(2, 3, 4)})).count("MatMul") == 2
 
 
