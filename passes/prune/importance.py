@@ -64,7 +64,7 @@ def order(contributions: list[Contribution], count: int, *, limit: int) -> Order
 class _State:
     """What is left of one contribution: its matrix after the others took over, and the inverse of its moments."""
 
-    def __init__(self, contribution: Contribution, count: int, ridge: float = 1e-3) -> None:
+    def __init__(self, contribution: Contribution, count: int, ridge: float = 1e-5) -> None:
         moments = contribution.moments
         self.matrix = contribution.matrix.copy()
         self.energy = max(float(np.sum((self.matrix @ moments) * self.matrix)), 1e-30)

@@ -192,7 +192,7 @@ def _shrunk(moments: Moments) -> np.ndarray:
     """
     covariance = moments.covariance()
     n = len(covariance)
-    weight = n / (n + moments.count)
+    weight = min(1.0, n / max(moments.count, 1)) ** 2
     return (1 - weight) * covariance + weight * np.diag(np.diag(covariance))
 
 

@@ -23,6 +23,7 @@ from onnxslim.passes.prune.reconstruct import refit
 
 ATTEMPTS = 4  # plans, each more careful, before "nothing is nearly free"
 PROBES = 16  # samples on which each family's meaning for the outputs is measured
+FELT = 1e-4  # relative error of the readers that is more than rounding
 MOST = 0.6  # share of a family that can leave when only what is nearly free may
 ORACLE = 1e-3  # relative difference allowed between the masked and the pruned model at run time (float32 rounding)
 
@@ -137,14 +138,16 @@ class Prune(Pass):
             limit = min(count - 1, int(np.ceil(most * count)))
             found = importance.order(measure.contributions(coupled, family, measured), count, limit=limit)
             orders.append(found)
-            probes.append(family.atoms[found.units[: max(1, len(found.units) // 2)]])
+            # Half of what may leave, or more where that still costs nothing: a ratio of two zeros says nothing.
+            felt = int(np.searchsorted(found.error, FELT)) + 1
+            probes.append(family.atoms[found.units[: max(1, len(found.units) // 2, felt)]])
         errors = measure.sensitivity(coupled, measured, probes, held_out.spread(PROBES), ctx)
         saved = [measure.savings(coupled, family) for family in families]
         totals = [max(sum(s[k] for s in saved), 1e-30) for k in (0, 1)]
         candidates = []
         for family, found, probe, error, save in zip(families, orders, probes, errors, saved, strict=True):
             local = found.error[len(probe) - 1] if len(found.error) else 0.0
-            scale = error / local if local > 0 else 1.0
+            scale = error / max(local, FELT)
             width = measure.channels(coupled, family)
             gain = save[0] if self.ratio is not None else save[0] / totals[0] + save[1] / totals[1]
             step = allocate.step_of(width, len(family.atoms))

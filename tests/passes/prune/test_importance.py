@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxslim.passes.prune.importance import Contribution, order
+
+
+def _data(seed: int, channels: int, out: int = 3, rows: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, channels)) @ rng.standard_normal((channels, channels))
+    x -= x.mean(0)
+    return x, rng.standard_normal((out, channels))
+
+
+def _left(x: np.ndarray, matrix: np.ndarray, keep: list[int]) -> float:
+    """Relative squared error of the outputs once the kept columns are refitted by least squares."""
+    y = x @ matrix.T
+    fitted, *_ = np.linalg.lstsq(x[:, keep], y, rcond=None)
+    return float(np.sum((y - x[:, keep] @ fitted) ** 2) / np.sum(y**2))
+
+
+@given(st.integers(0, 1000), st.integers(3, 8))
+@settings(max_examples=30, deadline=None)
+def test_errors_are_those_of_the_refitted_layer(seed: int, channels: int) -> None:
+    x, matrix = _data(seed, channels)
+    found = order([Contribution(matrix, x.T @ x / len(x), np.arange(channels))], channels, limit=channels - 1)
+    assert sorted(set(found.units.tolist())) == sorted(found.units.tolist())
+    for m in range(1, len(found.units) + 1):
+        keep = [c for c in range(channels) if c not in found.units[:m]]
+        exact = _left(x, matrix, keep)
+        # The ridge makes the estimate differ a little from plain least squares.
+        assert abs(found.error[m - 1] - exact) <= 0.05 * exact + 0.02
+
+
+@given(st.integers(0, 1000), st.integers(3, 8))
+@settings(max_examples=30, deadline=None)
+def test_the_first_to_leave_is_the_cheapest(seed: int, channels: int) -> None:
+    x, matrix = _data(seed, channels)
+    found = order([Contribution(matrix, x.T @ x / len(x), np.arange(channels))], channels, limit=1)
+    costs = [_left(x, matrix, [c for c in range(channels) if c != gone]) for gone in range(channels)]
+    assert costs[found.units[0]] <= min(costs) * 1.1 + 0.01
+
+
+def test_a_copy_and_a_dead_channel_cost_nothing() -> None:
+    x, matrix = _data(1, 6)
+    x[:, 4] = x[:, 2]
+    x[:, 5] = 0
+    found = order([Contribution(matrix, x.T @ x / len(x), np.arange(6))], 6, limit=3)
+    assert set(found.units[:2].tolist()) <= {2, 4, 5}
+    assert found.error[1] < 1e-2 < found.error[2]
+
+
+def test_units_of_several_columns_leave_whole() -> None:
+    x, matrix = _data(2, 6)
+    units = np.array([0, 0, 1, 1, 2, 2])
+    found = order([Contribution(matrix, x.T @ x / len(x), units)], 3, limit=2)
+    keep = np.flatnonzero(units != found.units[0]).tolist()
+    exact = _left(x, matrix, keep)
+    assert abs(found.error[0] - exact) <= 0.05 * exact + 0.02
+
+
+def test_contributions_add_up() -> None:
+    x, matrix = _data(3, 5)
+    one = Contribution(matrix, x.T @ x / len(x), np.arange(5))
+    single, double = (order([one] * k, 5, limit=1) for k in (1, 2))
+    assert np.isclose(double.error[0], 2 * single.error[0])

@@ -1,0 +1,182 @@
+"""The pass as a whole, on the demo network and on networks in which what is free is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import onnxslim
+from onnxslim import data as data_io
+from onnxslim import model as model_io
+from onnxslim import pipeline, runtime
+from onnxslim.contract import Context
+from onnxslim.cost import parameters
+from onnxslim.errors import UsageError
+from onnxslim.passes.prune import Prune
+
+MODELS = Path(__file__).parents[3] / "models"
+
+
+def _cnn(seed: int = 0, width: int = 32) -> onnx.ModelProto:
+    """Conv 3x3 - Relu - depthwise 3x3 - Relu - Conv 1x1 (+ shortcut) - global pool - Gemm."""
+    rng = np.random.default_rng(seed)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        scale = np.sqrt(2 / max(np.prod(shape[1:]), 1))
+        return numpy_helper.from_array((rng.standard_normal(shape) * scale).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"]),
+        helper.make_node("Conv", ["r1", "wd", "bd"], ["c2"], pads=[1, 1, 1, 1], group=width),
+        helper.make_node("Relu", ["c2"], ["r2"]),
+        helper.make_node("Conv", ["r2", "w2"], ["c3"]),
+        helper.make_node("Conv", ["x", "ws"], ["cs"]),
+        helper.make_node("Add", ["c3", "cs"], ["a"]),
+        helper.make_node("Relu", ["a"], ["r3"]),
+        helper.make_node("GlobalAveragePool", ["r3"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Gemm", ["f", "wg", "bg"], ["y"], transB=1),
+    ]
+    weights = [
+        weight("w1", width, 3, 3, 3),
+        weight("b1", width),
+        weight("wd", width, 1, 3, 3),
+        weight("bd", width),
+        weight("w2", 16, width, 1, 1),
+        weight("ws", 16, 3, 1, 1),
+        weight("wg", 5, 16),
+        weight("bg", 5),
+    ]
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8])
+    scores = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 5])
+    graph = helper.make_graph(nodes, "cnn", [image], [scores], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _samples(count: int = 24, seed: int = 1) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.standard_normal((1, 3, 8, 8)).astype(np.float32)} for _ in range(count)]
+
+
+def _context(model: onnx.ModelProto) -> Context:
+    loaded = model_io.load(model)
+    return Context(data_io.open_data(_samples(), data_io.input_specs(loaded)), threads=1)
+
+
+def _set(model: onnx.ModelProto, name: str, change: np.ndarray) -> None:
+    for k, tensor in enumerate(model.graph.initializer):
+        if tensor.name == name:
+            model.graph.initializer[k].CopyFrom(numpy_helper.from_array(change, name))
+
+
+def _get(model: onnx.ModelProto, name: str) -> np.ndarray:
+    return next(numpy_helper.to_array(t) for t in model.graph.initializer if t.name == name).copy()
+
+
+def _difference(first: onnx.ModelProto, second: object, count: int = 4) -> float:
+    runners = [runtime.load(model_io.load(m), threads=1) for m in (first, second)]
+    worst = 0.0
+    for feed in _samples(count, seed=9):
+        a, b = (r(feed)["y"] for r in runners)
+        worst = max(worst, float(np.abs(a - b).max() / np.abs(a).max()))
+    return worst
+
+
+def test_dead_channels_leave_and_nothing_changes() -> None:
+    model = _cnn()
+    w1, b1, wd, bd, w2 = (_get(model, n) for n in ("w1", "b1", "wd", "bd", "w2"))
+    w1[:8], b1[:8], bd[:8] = 0, 0, 0  # dead: constant 0 after the depthwise layer
+    for name, array in zip(("w1", "b1", "wd", "bd", "w2"), (w1, b1, wd, bd, w2), strict=True):
+        _set(model, name, array)
+    loaded = model_io.load(model)
+    Prune(tolerance=1e-6).apply(loaded, _context(model))
+    assert loaded.graph.initializers["wd"].shape == [24, 1, 3, 3]
+    assert _difference(model, loaded) < 1e-4
+
+
+def test_refitting_helps_and_the_depthwise_group_follows() -> None:
+    model = _cnn()
+    results = {}
+    for refit in (False, True):
+        loaded = model_io.load(model)
+        outcome = Prune(ratio=0.3, refit=refit).apply(loaded, _context(model))
+        results[refit] = outcome.stats.get("error_refitted", outcome.stats["error_masked"])
+        width = loaded.graph.initializers["w1"].shape[0]
+        assert width < 32
+        depthwise = next(n for n in loaded.graph if n.outputs[0].name == "c2")
+        assert depthwise.attributes["group"].as_int() == width
+        assert outcome.stats["removed"] > 0
+    assert results[True] < results[False]
+
+
+def test_ratio_saves_its_share_of_parameters() -> None:
+    model = _cnn()
+    shares = []
+    for ratio in (0.0, 0.25, 0.5):
+        loaded = model_io.load(model)
+        Prune(ratio=ratio).apply(loaded, _context(model))
+        shares.append(1 - parameters(loaded) / parameters(model_io.load(model)))
+    assert shares[0] == 0
+    assert 0.15 <= shares[1] < shares[2]
+
+
+def test_protected_families_stay_whole_and_are_named() -> None:
+    model = _cnn()
+    loaded = model_io.load(model)
+    outcome = Prune(ratio=0.5, protect=("^w1$",)).apply(loaded, _context(model))
+    assert loaded.graph.initializers["w1"].shape == [32, 3, 3, 3]
+    assert any("protected" in skip.reason for skip in outcome.skipped)
+    assert loaded.graph.initializers["wg"].shape != [5, 16]
+
+
+def test_without_data_only_a_ratio_prunes() -> None:
+    model = _cnn()
+    loaded = model_io.load(model)
+    ctx = Context(data_io.synthetic(loaded, 4, seed=0), synthetic=True, threads=1)
+    before = parameters(loaded)
+    outcome = Prune().apply(loaded, ctx)
+    assert parameters(loaded) == before
+    assert any("no calibration data" in skip.reason for skip in outcome.skipped)
+    Prune(ratio=0.3).apply(loaded, ctx)
+    assert parameters(loaded) < before
+
+
+def test_same_input_same_bytes() -> None:
+    model = _cnn()
+    contents = []
+    for _ in range(2):
+        loaded = model_io.load(model)
+        Prune(ratio=0.3).apply(loaded, _context(model))
+        contents.append(model_io.to_bytes(loaded))
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("text", ["prune(ratio=1.5)", "prune(ratio=-0.1)", "prune(tolerance=-1)", "prune(protect='(')"])
+def test_bad_options_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="prune"):
+        pipeline.parse(text)
+
+
+def test_demo_network_keeps_its_accuracy_at_half_the_work() -> None:
+    with np.load(MODELS / "fmnist_calib.npz") as calib, np.load(MODELS / "fmnist_eval.npz") as evaluation:
+        samples = [{"image": calib["image"][k : k + 1]} for k in range(0, 256, 2)]
+        test = [
+            {"image": evaluation["image"][k : k + 1], "labels": evaluation["labels"][k : k + 1]} for k in range(1000)
+        ]
+    result = onnxslim.optimize(
+        str(MODELS / "fmnist_cnn.onnx"),
+        "prune(ratio=0.2)",
+        calibration=samples,
+        evaluation=test,
+        metric="top1",
+        threads=2,
+        bench=False,
+    )
+    report = result.report
+    assert report.after["parameters"] < 0.8 * report.before["parameters"]
+    assert report.metric["after"] >= report.metric["before"] - 0.015
