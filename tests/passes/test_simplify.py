@@ -128,6 +128,30 @@ def test_a_computed_target_becomes_a_constant_one() -> None:
     assert numpy_helper.to_array(result.graph.initializer[0]).tolist() == [0, 0, 3, 4]
 
 
+def test_a_target_with_two_sizes_out_of_place_stays_computed() -> None:
+    proto = build(
+        """(float[n, m, 12] x) => (float[m, n, 12] y) {
+            s = Shape(x)
+            t = Gather(s, order)
+            y = Reshape(x, t)
+        }""",
+        order=np.array([1, 0, 2]),
+    )
+    check(proto, ["Shape", "Gather", "Reshape"], n=2, m=5)
+
+
+def test_a_value_that_others_read_is_not_computed_twice() -> None:
+    proto = build(
+        """(float[n, 3, 4] x) => (float[n, 4] y, float[n, 1, 4] z) {
+            a = ReduceMax<axes=[1]>(x)
+            y = Squeeze(a, k)
+            z = Sin(a)
+        }""",
+        k=np.array([1]),
+    )
+    check(proto, ["ReduceMax", "Squeeze", "Sin"], n=2)
+
+
 def test_sizes_that_must_be_computed_take_few_nodes() -> None:
     proto = build(
         """(float[batch, sequence, 12] x) => (float[batch, sequence, 5] y) {
@@ -246,6 +270,27 @@ def test_optional_outputs_that_nobody_reads_go() -> None:
     )
     result = check(proto, ["MaxPool", "Sin"])
     assert len(result.graph.node[0].output) == 1
+
+
+def test_optional_outputs_that_are_read_stay() -> None:
+    proto = build(
+        """(float[1, 1, 8, 8] x) => (float[1, 1, 7, 7] y, int64[1, 1, 7, 7] z) {
+            y, i = MaxPool<kernel_shape=[2, 2]>(x)
+            z = Neg(i)
+        }"""
+    )
+    check(proto, ["MaxPool", "Neg"])
+
+
+def test_slices_that_leave_a_gap_stay() -> None:
+    proto = build(
+        """(float[n, 3] x) => (float[n, 1] y, float[n, 1] z) {
+            y = Slice(x, k0, k1, k1)
+            z = Slice(x, k1, k2, k1)
+        }""",
+        **{f"k{k}": np.array([k]) for k in range(3)},
+    )
+    check(proto, ["Slice", "Slice"], n=2)
 
 
 PAIRS = [
