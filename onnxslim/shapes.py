@@ -4,6 +4,9 @@
 and arithmetic on them stays exact, so that ``Shape → Gather → Mul → Concat → Reshape`` gives the target as a list of
 polynomials. What the file declares about intermediate tensors is not believed (it may be stale); only graph inputs,
 weights, and the outputs of operators of unknown domains count.
+
+A named dimension that is 0 at run time is not followed into Reshape, where 0 means the size of the input; every other
+size is.
 """
 
 from __future__ import annotations
@@ -14,14 +17,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxslim import shape_moves, shape_windows, symbolic
+from onnxslim import shape_moves, shape_products, shape_windows, symbolic
 from onnxslim.graph import is_constant, opset, subgraphs
 from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RANGES, RULES, Call, Fact, Shape
 from onnxslim.symbolic import Dim
 
 __all__ = ["Fact", "Shape", "Shapes"]
 
-_TABLES = (shape_moves, shape_windows)  # imported for the rules they register
+_TABLES = (shape_moves, shape_products, shape_windows)  # imported for the rules they register
 # Float weights of more elements than this are not looked at: shape arithmetic in floats is about scales.
 _FLOATS = 8
 # Names that exporters write when they mean "any size": two of them are two sizes.
