@@ -105,6 +105,10 @@ class Solution:
 
     def __post_init__(self) -> None:
         self._edges = _edges(self.definitions, len(self.root), int(self.root[FROZEN]))
+        self._parts: dict[int, tuple[int, ...]] = {}  # the positions at which an id is part of something
+        for k, part in enumerate(self.definitions[1:]):
+            for x in np.unique(part).tolist():
+                self._parts[x] = (*self._parts.get(x, ()), k)
 
     def removed(self, atoms: np.ndarray) -> np.ndarray:
         """Which ids leave when ``atoms`` do: bool (ids,)."""
@@ -141,6 +145,22 @@ class Solution:
             found = more
         defined = np.unique(self.definitions[0]) if self.definitions.size else np.empty(0, np.int64)
         return np.setdiff1d(found, np.append(defined, self.root[FROZEN]))
+
+    def roles(self, labels: Labels) -> dict[int, tuple[int, ...]]:
+        """For each atom of this axis, what tells it from others: in how many ways it removes, and as which part.
+
+        Heads and positions within the heads are both atoms of an axis of heads x positions, and no two of them can take
+        each other's place.
+        """
+        atoms = self.atoms(labels)
+        ways = np.bincount(self.root[labels], minlength=len(self.root))
+        total = ways.copy()
+        for _ in range(len(self.definitions.T)):  # definitions of definitions: as many rounds as they are nested
+            ways = self._edges.T @ ways
+            if not ways.any() or total.max() > 1 << 40:  # the latter where they define each other
+                break
+            total += ways
+        return {int(atom): (int(total[atom]), *self._parts.get(int(atom), ())) for atom in atoms}
 
     def is_frozen(self, labels: Labels) -> np.ndarray:
         """Which ids can never leave: bool, the shape of ``labels``."""

@@ -51,7 +51,7 @@ class Site:
 
 @dataclasses.dataclass
 class Family:
-    """Interchangeable units of removal: atoms that appear on exactly the same axes.
+    """Interchangeable units of removal: atoms that appear on exactly the same axes, in the same role.
 
     Attributes:
         name: the first tensor that carries them.
@@ -76,6 +76,7 @@ class Coupling:
         self.labels: dict[ir.Value, Axes] = {}
         self.shapes = shapes
         self._small = small
+        self._elastic: set[int] = set()
         self._edits: list[Callable[[Callable[[Labels], np.ndarray]], None]] = []
         self._solution: Solution | None = None
 
@@ -102,7 +103,20 @@ class Coupling:
             self.labels[value] = [self.ids.new(n) if fresh and n > 1 else None for n in self.shape(value)]
         return self.labels[value]
 
+    def is_elastic(self, value: ir.Value | None, axis: int, labels: Labels | None) -> bool:
+        """True when the length of an axis may differ between samples: its labels then describe one sample only.
+
+        Labels are told by how they were made; an axis without labels by the declared shape of ``value``.
+        """
+        if labels is not None:
+            return len(labels) > 0 and int(labels[0]) in self._elastic
+        return value is not None and (value.shape is None or not isinstance(value.shape[axis], int))
+
     # What rules say.
+
+    def mark_elastic(self, labels: Labels) -> None:
+        """Record that an axis of another sample may be longer or shorter; see `is_elastic`."""
+        self._elastic.update(labels.tolist())
 
     def tie(self, x: Labels | None, y: Labels | None, reason: str) -> Labels | None:
         """Tie two axes; where one cannot be cut, the other is frozen for ``reason``. Returns the labels of both."""
@@ -166,13 +180,13 @@ class Coupling:
     @functools.cached_property
     def families(self) -> list[Family]:
         """Everything that can be removed, in the order in which the graph computes it."""
-        places: dict[int, list[tuple[int, int]]] = {}
+        places: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {}
         weights = [v for v in self.labels if is_constant(v)]
         axes = [(k, a, x) for k, v in enumerate(weights) for a, x in enumerate(self.labels[v]) if x is not None]
         axes += [(-1 - k, 0, site.labels) for k, site in enumerate(self.sites)]
         for k, axis, carried in axes:
-            for atom in self.solution.atoms(carried).tolist():
-                places.setdefault(atom, []).append((k, axis))
+            for atom, role in self.solution.roles(carried).items():
+                places.setdefault(atom, []).append((k, axis, role))
         first: dict[int, str] = {}
         for value, value_axes in self.labels.items():
             if is_constant(value):
@@ -181,7 +195,7 @@ class Coupling:
                 if labels is not None:
                     for atom in self.solution.atoms(labels).tolist():
                         first.setdefault(atom, value.name or "")
-        together: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        together: dict[tuple[tuple[int, int, tuple[int, ...]], ...], list[int]] = {}
         for atom, where in places.items():
             if atom in first:
                 together.setdefault(tuple(where), []).append(atom)
@@ -189,11 +203,11 @@ class Coupling:
             Family(
                 first[atoms[0]],
                 np.array(sorted(atoms)),
-                [self.sites[-1 - k] for k, _ in where if k < 0],
-                [(weights[k], axis) for k, axis in where if k >= 0],
+                [self.sites[-1 - k] for k, *_ in where if k < 0],
+                [(weights[k], axis) for k, axis, _ in where if k >= 0],
             )
             for where, atoms in together.items()
-            if len(atoms) > 1 and any(k < 0 for k, _ in where)
+            if len(atoms) > 1 and any(k < 0 for k, *_ in where)
         ]
         order = {name: k for k, name in enumerate(dict.fromkeys(first.values()))}
         return sorted(families, key=lambda f: (order[f.name], int(f.atoms[0])))
@@ -221,6 +235,10 @@ class Coupling:
         def kept(labels: Labels) -> np.ndarray:
             return ~gone[labels]
 
+        for value, axes in self.labels.items():
+            for axis, x in enumerate(axes):
+                if x is not None and not kept(x).any():
+                    raise ModelError(f"removing these channels leaves nothing of axis {axis} of {value.name}")
         for change in self._edits:
             change(kept)
         for value, axes in self.labels.items():

@@ -30,14 +30,15 @@ class Block:
 
     Attributes:
         sources: input axes, ordered.
-        outputs: output axes that are free to be labelled, ordered; an output axis that mixes in an input axis that
-            cannot be cut is not among them.
+        outputs: output axes along which they vary, ordered.
         rows: per data input, (n, sources of that input + outputs): the coordinates that occur together.
+        origins: per output axis, all input axes that vary along it, those that cannot be cut among them.
     """
 
     sources: list[Axis]
     outputs: list[int]
     rows: dict[int, np.ndarray]
+    origins: dict[int, set[Axis]]
 
 
 def copies(
@@ -95,16 +96,18 @@ def blocks(
 ) -> tuple[list[Block], set[int], dict[Axis, np.ndarray]]:
     """Split the axes of an output into independent blocks.
 
+    An input axis that cannot be cut never removes anything, so it has no part in what a slice of the output depends on:
+    of (channels, height) flattened into one axis, the elements of a channel leave with the channel.
+
     Args:
         indices: one result of `copies`.
         shapes: of the data inputs.
         fixed: input axes that cannot be cut.
 
     Returns:
-        The blocks; the output axes that cannot be cut because they mix in a fixed one; and for each input axis that
-        touches no axis that can be cut, the coordinates of it that the output uses (they must stay).
+        The blocks; the output axes along which only fixed axes vary, which cannot be cut either; and for each other
+        input axis along which no output axis varies, the coordinates of it that the output uses (they must stay).
     """
-    rank = indices.ndim
     starts = np.cumsum([0, *(int(np.prod(s, dtype=np.int64)) for s in shapes)])
     coordinates: dict[Axis, np.ndarray] = {}
     varies: dict[Axis, set[int]] = {}
@@ -118,28 +121,29 @@ def blocks(
             stride = int(np.prod(shape[axis + 1 :], dtype=np.int64))
             where = np.where(inside, (indices - starts[k]) // stride % size, -1)
             coordinates[Axis(k, axis)] = where
-            varies[Axis(k, axis)] = {b for b in range(rank) if _varies(where, b)}
-    uncut = {b for axis, out in varies.items() if axis in fixed for b in out}
+            varies[Axis(k, axis)] = {b for b in range(indices.ndim) if _varies(where, b)}
     # Connected components of the graph "input axis - output axis along which its coordinate varies".
     result: list[Block] = []
     stuck: dict[Axis, np.ndarray] = {}
     pending = [axis for axis in varies if axis not in fixed]
+    free = {b for axis in pending for b in varies[axis]}
     while pending:
-        sources, free = {pending.pop(0)}, set[int]()
+        sources = {pending.pop(0)}
         while True:
-            reach = {b for axis in sources for b in varies[axis] if b not in uncut}
+            reach = {b for axis in sources for b in varies[axis]}
             more = {axis for axis in pending if varies[axis] & reach}
-            if reach == free and not more:
+            if not more:
                 break
-            free, sources = reach, sources | more
+            sources |= more
             pending = [axis for axis in pending if axis not in more]
-        if not free:
+        if not reach:
             for source in sources:
                 stuck[source] = np.setdiff1d(coordinates[source], [-1])
             continue
-        ordered = sorted(sources, key=lambda a: (a.tensor, a.axis))
-        linked = {b for axis in sources for b in varies[axis]}
-        result.append(Block(ordered, sorted(free), _rows(ordered, sorted(free), linked, coordinates, indices.shape)))
+        ordered, outputs = sorted(sources, key=lambda a: (a.tensor, a.axis)), sorted(reach)
+        origins = {b: {axis for axis, out in varies.items() if b in out} for b in outputs}
+        result.append(Block(ordered, outputs, _rows(ordered, outputs, coordinates, indices.shape), origins))
+    uncut = {b for axis, out in varies.items() if axis in fixed for b in out} - free
     return result, uncut, stuck
 
 
@@ -151,17 +155,17 @@ def _varies(where: np.ndarray, axis: int) -> bool:
 
 
 def _rows(
-    sources: list[Axis], free: list[int], linked: set[int], coordinates: dict[Axis, np.ndarray], shape: tuple[int, ...]
+    sources: list[Axis], outputs: list[int], coordinates: dict[Axis, np.ndarray], shape: tuple[int, ...]
 ) -> dict[int, np.ndarray]:
     """Per data input: the combinations of source and output coordinates that occur, without repetition."""
     # Along an axis that has no part in this block nothing changes, except which input an element comes from (Concat).
     rows: dict[int, np.ndarray] = {}
     for tensor in sorted({axis.tensor for axis in sources}):
         own = [axis for axis in sources if axis.tensor == tensor]
-        cut = tuple(slice(None) if b in linked else _first_valid(coordinates[own[0]], b) for b in range(len(shape)))
+        cut = tuple(slice(None) if b in outputs else _first_valid(coordinates[own[0]], b) for b in range(len(shape)))
         grids = [coordinates[axis][cut] for axis in own]
         positions = np.indices(grids[0].shape)
-        columns = [grid.ravel() for grid in grids] + [positions[b].ravel() for b in free]
+        columns = [grid.ravel() for grid in grids] + [positions[b].ravel() for b in outputs]
         valid = columns[0] >= 0
         sizes = [int(c.max()) + 1 for c in columns]
         key = np.ravel_multi_index([c[valid] for c in columns], sizes)

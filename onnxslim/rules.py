@@ -364,15 +364,26 @@ def shape_of(c: Coupling, node: ir.Node) -> None:
         span = list(range(rank))[start:end]
         read = set()
         for use in output.uses():
-            indices = constant(optional(use.node, 1)) if is_op(use.node, "Gather") and use.idx == 0 else None
-            if indices is None or use.node.graph is not node.graph:
-                read.update(span)
-            else:
-                read.update(span[int(k)] for k in indices.ravel())
+            here = use.node.graph is node.graph and use.idx == 0
+            read.update(_entries(use.node, span) if here else span)
         if output.is_graph_output():
             read.update(span)
     for axis in read:
         c.freeze(axes[axis], reason(node, "its size is read at run time"))
+
+
+def _entries(node: ir.Node, span: list[int]) -> list[int]:
+    """The entries of ``span`` that a Gather or Slice with constant arguments picks, all of them for other readers."""
+    found = [constant(v) for v in node.inputs[1:]]
+    arguments = [a.ravel().tolist() for a in found if a is not None]
+    if len(arguments) < len(found):
+        return span
+    if is_op(node, "Gather"):
+        return [span[k] for k in arguments[0]]
+    if is_op(node, "Slice") and len(arguments) > 1:
+        step = arguments[3][0] if len(arguments) > 3 else 1
+        return span[python_slice(arguments[0][0], arguments[1][0], step)]
+    return span
 
 
 @rule("Trilu ReverseSequence")
@@ -389,3 +400,8 @@ def generator(c: Coupling, node: ir.Node) -> None:
         c.freeze_value(value, reason(node, "its values decide a shape"))
     for output in node.outputs:
         c.labels[output] = [None] * len(c.shape(output))
+
+
+def python_slice(start: int, end: int, step: int) -> slice:
+    """A Python slice for ONNX's bounds, in which a very negative end means "past the beginning"."""
+    return slice(start, None if step < 0 and end < -(1 << 30) else end, step)

@@ -13,7 +13,7 @@ from onnxslim.channels import Labels
 from onnxslim.coupling import Axes, Coupling, reason, unknown
 from onnxslim.graph import add_constant, add_node, attribute, constant, is_constant, is_op, opset, set_attribute
 from onnxslim.movement import Axis
-from onnxslim.rules import data, optional, passed, rule
+from onnxslim.rules import data, optional, passed, python_slice, rule
 
 
 @rule("Reshape Flatten Squeeze Unsqueeze Transpose Concat Split Slice Gather Expand Tile Pad DepthToSpace SpaceToDepth")
@@ -39,20 +39,29 @@ def data_movement(c: Coupling, node: ir.Node) -> None:
                 if axes[Axis(k, axis)] is None and shapes[k][axis] > 1:
                     axes[Axis(k, axis)] = c.ids.new(shapes[k][axis])
                     c.freeze(axes[Axis(k, axis)], reason(node, "joined from a tensor that cannot be cut"))
-    for blocked in _run_time_axes(c, node, len(shapes[0])):
-        c.freeze(axes[Axis(0, blocked)], reason(node, "indexed by values that are computed at run time"))
+    for value in node.inputs[count:]:
+        if not is_constant(value):
+            c.freeze_value(value, reason(node, "its values decide where the data goes"))
+    for blocked, why in _blocked(c, node, [axes[Axis(0, k)] for k in range(len(shapes[0]))]):
+        c.freeze(axes[Axis(0, blocked)], reason(node, why))
         axes[Axis(0, blocked)] = None
     fixed = {axis for axis, x in axes.items() if x is None}
+    elastic = {a for a, x in axes.items() if c.is_elastic(tensors[a.tensor], a.axis, x)}
     for output, indices in zip(node.outputs, movement.copies(node, shapes, arguments, opset(c.model)), strict=True):
         found, uncut, stuck = movement.blocks(indices, shapes, fixed)
         for axis, used in stuck.items():
             labels = axes[axis]
             assert labels is not None
-            c.freeze(labels[used], reason(node, "its parts are mixed with an axis that cannot be cut"))
+            c.freeze(labels[used], reason(node, "picks slices of an axis that it drops"))
         out: Axes = [None] * indices.ndim
         for block in found:
             for axis_out, labels in _label(c, node, block, axes, indices.shape).items():
                 out[axis_out] = labels
+                if block.origins[axis_out] & elastic:
+                    c.mark_elastic(labels)
+        if node.op_type in ("DepthToSpace", "SpaceToDepth"):
+            for labels in filter(None.__ne__, out[2:]):
+                c.freeze(labels, reason(node, "its blocks are whole"))
         linked = {b for block in found for b in block.outputs} | uncut
         if node.op_type == "Expand":  # axes along which one slice is repeated: copies can leave
             for b in range(indices.ndim):
@@ -67,6 +76,35 @@ def _varies_outside(c: Coupling, node: ir.Node, axis: int, rank: int) -> bool:
     shape = c.shape(data(node))
     own = axis - rank + len(shape)
     return own >= 0 and shape[own] != 1
+
+
+def _blocked(c: Coupling, node: ir.Node, axes: Axes) -> list[tuple[int, str]]:
+    """Input axes that must stay whole for what the operator does along them, each with the reason."""
+    rank = len(axes)
+    kind = node.op_type
+    found = [(axis, "indexed by values that are computed at run time") for axis in _run_time_axes(c, node, rank)]
+    if kind == "Pad" and not found:
+        pads = attribute(node, "pads", c.argument(optional(node, 1)))
+        chosen = c.argument(optional(node, 3))
+        where = list(range(rank)) if chosen is None else [int(a) % rank for a in chosen]
+        copied = attribute(node, "mode", "constant") != "constant"
+        for k, axis in enumerate(where):
+            ends = [int(pads[k]), int(pads[k + len(where)])]
+            if min(ends) < 0 or (copied and max(ends) > 0):
+                found.append((axis, "padded or cropped by a number of its own slices"))
+    if kind in ("Gather", "Split"):
+        indexed = [attribute(node, "axis", 0) % rank]
+    elif kind == "Slice":
+        starts, order = c.argument(optional(node, 1)), c.argument(optional(node, 3))
+        indexed = [] if starts is None else [int(a) % rank for a in (range(starts.size) if order is None else order)]
+    else:
+        indexed = []
+    found.extend(
+        (axis, "cut by positions on an axis whose length depends on the input")
+        for axis in indexed
+        if c.is_elastic(None, axis, axes[axis])
+    )
+    return found
 
 
 def _run_time_axes(c: Coupling, node: ir.Node, rank: int) -> list[int]:
@@ -129,6 +167,10 @@ def _rewrite(c: Coupling, node: ir.Node, axes: dict[Axis, Labels | None]) -> Non
         target = c.argument(optional(node, 1))
         shift = 0 if target is None else len(output) - target.size  # Expand aligns from the right
         _sizes_argument(c, node, 1, {a - shift: x for a, x in enumerate(output) if a >= shift})
+    elif node.op_type == "Squeeze" and optional(node, 1) is None and "axes" not in node.attributes:
+        c.edit(
+            functools.partial(_squeeze, c, node, [x for _, x in sorted(axes.items(), key=lambda item: item[0].axis)])
+        )
     elif node.op_type == "Split":
         axis = attribute(node, "axis", 0) % len(c.shape(data(node)))
         parts = [c.axes(v)[axis] for v in node.outputs]
@@ -169,49 +211,66 @@ def _sizes_argument(c: Coupling, node: ir.Node, index: int, entries: dict[int, L
     for k, labels in entries.items():
         if labels is None:
             continue
-        producer, piece = pieces.get(k, (None, None)) if pieces else (None, None)
-        if producer is None or piece is None:
+        if k not in pieces:
             c.freeze(labels, reason(node, "its size is computed at run time"))
-            continue
-        c.edit(functools.partial(_piece, c, node, index, k, labels, piece))
+        else:
+            c.edit(functools.partial(_piece, c, node, index, pieces[k], labels))
 
 
-def _pieces(c: Coupling, value: ir.Value) -> dict[int, tuple[ir.Node, int]]:
-    """For sizes joined by a Concat of single entries: entry -> (the Concat, its input) where that input is constant."""
+def _pieces(c: Coupling, value: ir.Value) -> dict[int, tuple[int, int]]:
+    """For sizes joined by a Concat: entry -> (input of the Concat, position in it), where that input is constant."""
     producer = value.producer()
     if producer is None or not is_op(producer, "Concat"):
         return {}
-    result: dict[int, tuple[ir.Node, int]] = {}
+    result: dict[int, tuple[int, int]] = {}
     start = 0
     for k, part in enumerate(producer.inputs):
         assert part is not None
         size = c.shape(part)[0]
-        if size == 1 and is_constant(part):
-            result[start] = (producer, k)
+        if is_constant(part):
+            result.update((start + j, (k, j)) for j in range(size))
         start += size
     return result
 
 
 def _piece(
-    c: Coupling, node: ir.Node, index: int, entry: int, labels: Labels, piece: int, kept: Callable[[Labels], np.ndarray]
+    c: Coupling,
+    node: ir.Node,
+    index: int,
+    piece: tuple[int, int],
+    labels: Labels,
+    kept: Callable[[Labels], np.ndarray],
 ) -> None:
+    """Change one entry of sizes that a Concat joins; its other readers keep the old sizes."""
     value = node.inputs[index]
     if kept(labels).all() or value is None:
         return
     concat = value.producer()
     assert concat is not None
-    if len(value.uses()) > 1:  # other readers keep the old sizes
-        copy = ir.node("Concat", list(concat.inputs), {"axis": 0}, name=f"{concat.name}_cut_{node.name}")
-        copy.outputs[0].name = f"{value.name}_cut_{node.outputs[0].name}"
-        assert isinstance(node.graph, ir.Graph)
-        node.graph.insert_before(node, copy)
-        node.replace_input_with(index, copy.outputs[0])
-        concat = copy
-    old = constant(concat.inputs[piece])
-    assert old is not None
-    if old[0] == len(labels):
-        new = np.array([kept(labels).sum()], old.dtype)
-        concat.replace_input_with(piece, add_constant(c.model.graph, f"{value.name}_{entry}", new))
+    part, position = piece
+    sizes = constant(concat.inputs[part])
+    assert sizes is not None
+    if sizes[position] != len(labels):  # 0, -1, or the 1 of an Expand
+        return
+    if len(value.uses()) > 1 or value.is_graph_output():
+        concat = add_node(c.model.graph, "Concat", list(concat.inputs), before=node, attributes={"axis": 0}, like=value)
+        node.replace_input_with(index, concat.outputs[0])
+    new = sizes.copy()
+    new[position] = kept(labels).sum()
+    concat.replace_input_with(part, add_constant(c.model.graph, f"{value.name}_cut", new))
+
+
+def _squeeze(c: Coupling, node: ir.Node, axes: Axes, kept: Callable[[Labels], np.ndarray]) -> None:
+    """Name the axes of a Squeeze that drops whatever has size 1, when another axis comes down to that."""
+    if not any(x is not None and kept(x).sum() == 1 for x in axes):
+        return
+    dropped = [a for a, n in enumerate(c.shape(data(node))) if n == 1]
+    if opset(c.model) < 13:
+        set_attribute(node, "axes", dropped)
+        return
+    node.resize_inputs(2)
+    chosen = add_constant(c.model.graph, f"{node.outputs[0].name}_axes", np.array(dropped, np.int64))
+    node.replace_input_with(1, chosen)
 
 
 def _split(
@@ -259,7 +318,7 @@ def _slice(c: Coupling, node: ir.Node, axis: int, labels: Labels, kept: Callable
     if axis not in where or keep.all():
         return
     k = where.index(axis)
-    chosen = np.arange(len(labels))[_python_slice(int(starts[k]), int(ends[k]), 1 if steps is None else int(steps[k]))]
+    chosen = np.arange(len(labels))[python_slice(int(starts[k]), int(ends[k]), 1 if steps is None else int(steps[k]))]
     position = (np.cumsum(keep) - 1)[chosen[keep[chosen]]]
     name = node.outputs[0].name or node.op_type
     begin, end, step = int(position[0]), int(position[-1]) + 1, 1
@@ -275,11 +334,6 @@ def _slice(c: Coupling, node: ir.Node, axis: int, labels: Labels, kept: Callable
             array = old.copy()
             array[k] = new
             node.replace_input_with(index, add_constant(c.model.graph, f"{name}_bounds", array))
-
-
-def _python_slice(start: int, end: int, step: int) -> slice:
-    """A Python slice for ONNX's bounds, in which a very negative end means "past the beginning"."""
-    return slice(start, None if step < 0 and end < -(1 << 30) else end, step)
 
 
 @rule("Resize Upsample")

@@ -1,0 +1,431 @@
+"""Small graphs, one per structure in which channels are coupled, with what must be removable from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+
+class Builder:
+    """Collects nodes and random weights; every method returns the name of what it made."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, *shape: int | str, dtype: int = TensorProto.FLOAT) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def c(self, array: object, name: str = "") -> str:
+        name = name or f"w{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def ints(self, *values: int) -> str:
+        return self.c(np.array(values, np.int64))
+
+    def w(self, *shape: int, name: str = "", low: float = -1) -> str:
+        return self.c(self.rng.uniform(low, 1, shape).astype(np.float32), name)
+
+    def op(self, kind: str, *inputs: str, domain: str = "", name: str = "", **attributes: object) -> str:
+        return self.ops(kind, 1, *inputs, domain=domain, name=name, **attributes)[0]
+
+    def ops(self, kind: str, n: int, *inputs: str, domain: str = "", name: str = "", **attributes: object) -> list[str]:
+        name = name or f"{kind}_{len(self.nodes)}"
+        out = [f"{name}_{k}" for k in range(n)]
+        self.nodes.append(helper.make_node(kind, list(inputs), out, name=name, domain=domain, **attributes))
+        return out
+
+    def conv(self, x: str, cin: int, cout: int, k: int = 3, group: int = 1, name: str = "") -> str:
+        pad = [k // 2] * 4
+        return self.op("Conv", x, self.w(cout, cin // group, k, k), self.w(cout), pads=pad, group=group, name=name)
+
+    def dense(self, x: str, cin: int, cout: int) -> str:
+        return self.op("Add", self.op("MatMul", x, self.w(cin, cout)), self.w(cout))
+
+    def relu(self, x: str) -> str:
+        return self.op("Relu", x)
+
+    def heads(self, x: str, heads: int, width: int, perm: Sequence[int] = (0, 2, 1, 3)) -> str:
+        """(N, T, heads * width) → (N, heads, T, width)."""
+        return self.op("Transpose", self.op("Reshape", x, self.ints(0, 0, heads, width)), perm=list(perm))
+
+    def attend(self, q: str, k: str, v: str) -> str:
+        """softmax(q kᵀ) v for (N, heads, T, width)."""
+        scores = self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 3, 2]))
+        return self.op("MatMul", self.op("Softmax", scores, axis=-1), v)
+
+    def join(self, x: str, width: int) -> str:
+        """(N, heads, T, width) → (N, T, heads * width)."""
+        return self.op("Reshape", self.op("Transpose", x, perm=[0, 2, 1, 3]), self.ints(0, 0, width))
+
+    def proto(self, *outputs: str, opset: int = 18) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self.nodes,
+            "g",
+            self.inputs,
+            [onnx.ValueInfoProto(name=name, type=onnx.TypeProto(tensor_type={"elem_type": 1})) for name in outputs],
+            self.weights,
+        )
+        domains = {node.domain for node in self.nodes} - {""}
+        opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in sorted(domains))]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A graph and the number of units of every family in it, ascending."""
+
+    build: Callable[[], onnx.ModelProto]
+    widths: list[int]
+
+    @property
+    def name(self) -> str:
+        return self.build.__name__
+
+
+CASES: list[Case] = []
+
+
+def case(*widths: int, opset: int = 18) -> Callable[[Callable[[Builder], str]], Callable[[Builder], str]]:
+    """Register a graph whose function returns its output, with the number of units of every family."""
+
+    def register(function: Callable[[Builder], str]) -> Callable[[Builder], str]:
+        def build() -> onnx.ModelProto:
+            b = Builder()
+            return b.proto(function(b), opset=opset)
+
+        build.__name__ = function.__name__
+        CASES.append(Case(build, sorted(widths)))
+        return function
+
+    return register
+
+
+def image(b: Builder, channels: int = 3, size: int = 6) -> str:
+    return b.input("x", "n", channels, size, size)
+
+
+def tokens(b: Builder, width: int = 6, length: int | str = "t") -> str:
+    return b.input("x", "n", length, width)
+
+
+@case(8, 6)
+def conv_chain(b: Builder) -> str:
+    x = b.conv(image(b), 3, 8)
+    x = b.op("BatchNormalization", x, b.w(8), b.w(8), b.w(8), b.w(8, low=0.5))
+    x = b.op("MaxPool", b.conv(b.relu(x), 8, 6), kernel_shape=[2, 2], strides=[2, 2])
+    return b.conv(x, 6, 4)
+
+
+@case(8, 5)
+def residual(b: Builder) -> str:
+    stem = b.conv(image(b), 3, 8)
+    x = b.conv(b.relu(b.conv(stem, 8, 5)), 5, 8)
+    return b.conv(b.relu(b.op("Add", x, stem)), 8, 2)
+
+
+@case(8, 4)
+def depthwise_separable(b: Builder) -> str:
+    x = b.conv(b.relu(b.conv(image(b), 3, 8)), 8, 8, group=8)
+    return b.conv(b.relu(b.conv(x, 8, 4, 1)), 4, 2)
+
+
+@case(4, 2)
+def depthwise_multiplier(b: Builder) -> str:
+    # The two outputs of a channel leave with it (4), or one of the two in every group (2).
+    x = b.conv(b.conv(image(b), 3, 4), 4, 8, group=4)
+    return b.conv(x, 8, 2)
+
+
+@case(4, 3, 2)
+def grouped_conv(b: Builder) -> str:
+    # Whole groups (4), positions within the groups of the input (2) and of the output (3).
+    return b.conv(b.relu(b.conv(b.conv(image(b), 3, 8), 8, 12, group=4)), 12, 2)
+
+
+@case(6, 5)
+def conv_transpose(b: Builder) -> str:
+    x = b.op("ConvTranspose", b.conv(image(b), 3, 6), b.w(6, 5, 2, 2), b.w(5), strides=[2, 2])
+    return b.conv(x, 5, 2)
+
+
+@case(2, 3, 4)
+def conv_transpose_grouped(b: Builder) -> str:
+    x = b.op("ConvTranspose", b.conv(image(b), 3, 6), b.w(6, 4, 2, 2), b.w(8), strides=[2, 2], group=2)
+    return b.conv(x, 8, 2)
+
+
+@case(4, 5)
+def flatten_with_extent(b: Builder) -> str:
+    x = b.op("Flatten", b.relu(b.conv(image(b), 3, 4)))
+    return b.op("Gemm", b.relu(b.op("Gemm", x, b.w(144, 5), b.w(5))), b.w(2, 5), transB=1)
+
+
+@case(4)
+def reshape_with_extent(b: Builder) -> str:
+    return b.op("MatMul", b.op("Reshape", b.conv(image(b), 3, 4), b.ints(-1, 144)), b.w(144, 2))
+
+
+@case(4)
+def channels_last_flatten(b: Builder) -> str:
+    x = b.op("Transpose", b.conv(image(b), 3, 4), perm=[0, 2, 3, 1])
+    return b.op("MatMul", b.op("Reshape", x, b.ints(0, -1)), b.w(144, 2))
+
+
+@case(8)
+def squeeze_whatever(b: Builder) -> str:
+    x = b.op("GlobalAveragePool", b.conv(image(b), 3, 8))
+    return b.op("MatMul", b.op("Squeeze", b.op("Concat", x, x, axis=0)), b.w(8, 2))
+
+
+@case(2, 4)
+def channel_shuffle(b: Builder) -> str:
+    x = b.op("Reshape", b.conv(image(b), 3, 8), b.ints(0, 2, 4, 6, 6))
+    x = b.op("Reshape", b.op("Transpose", x, perm=[0, 2, 1, 3, 4]), b.ints(0, 8, 6, 6))
+    return b.conv(x, 8, 2)
+
+
+@case(4, 4, 3)
+def dense_block(b: Builder) -> str:
+    a = b.relu(b.conv(image(b), 3, 4))
+    c = b.relu(b.conv(a, 4, 3))
+    d = b.op("Concat", a, c, axis=1)
+    e = b.op("Concat", d, b.conv(d, 7, 4), axis=1)
+    return b.conv(e, 11, 2)
+
+
+@case(4, 4, 3)
+def c2f(b: Builder) -> str:
+    left, right = b.ops("Split", 2, b.conv(image(b), 3, 8), b.ints(4, 4), axis=1)
+    x = b.op("Add", right, b.conv(b.relu(b.conv(right, 4, 3)), 3, 4))
+    return b.conv(b.op("Concat", left, right, x, axis=1), 12, 2)
+
+
+@case(2, 3, 5)
+def uneven_split(b: Builder) -> str:
+    parts = b.ops("Split", 3, b.conv(image(b), 3, 10), b.ints(2, 3, 5), axis=1)
+    outs = [b.conv(part, n, 2) for part, n in zip(parts, (2, 3, 5), strict=True)]
+    return b.op("Sum", *outs)
+
+
+@case(4, 4)
+def sliced_halves(b: Builder) -> str:
+    x = b.conv(image(b), 3, 8)
+    left = b.op("Slice", x, b.ints(0), b.ints(4), b.ints(1))
+    right = b.op("Slice", x, b.ints(-4), b.ints(2**63 - 1), b.ints(1))
+    return b.op("Add", b.conv(left, 4, 2), b.conv(right, 4, 2))
+
+
+@case(4, 4)
+def sliced_with_steps(b: Builder) -> str:
+    x = b.conv(image(b), 3, 8)
+    even = b.op("Slice", x, b.ints(0), b.ints(8), b.ints(1), b.ints(2))
+    odd = b.op("Slice", x, b.ints(-1), b.ints(-(2**62)), b.ints(-3), b.ints(-2))
+    return b.op("Add", b.conv(even, 4, 2), b.conv(odd, 4, 2))
+
+
+@case(3, 5)
+def gathered_channels(b: Builder) -> str:
+    x = b.conv(image(b), 3, 8)
+    some = b.op("Gather", x, b.ints(6, 0, -5), axis=1)
+    return b.op("Add", b.conv(x, 8, 2), b.conv(some, 3, 2))
+
+
+@case(8, 3)
+def squeeze_excite(b: Builder) -> str:
+    x = b.conv(image(b), 3, 8)
+    s = b.op("Tanh", b.conv(b.op("GlobalAveragePool", x), 8, 3, 1))
+    return b.conv(b.op("Mul", x, b.op("Sigmoid", b.conv(s, 3, 8, 1))), 8, 2)
+
+
+@case(8)
+def prelu(b: Builder) -> str:
+    return b.conv(b.op("PRelu", b.conv(image(b), 3, 8), b.w(8, 1, 1)), 8, 2)
+
+
+@case(4)
+def group_norm_exported(b: Builder) -> str:
+    x = b.op("Reshape", b.conv(image(b), 3, 8), b.ints(0, 4, -1))
+    x = b.op("Reshape", b.op("InstanceNormalization", x, b.w(4), b.w(4)), b.ints(0, 8, 6, 6))
+    return b.conv(b.op("Add", b.op("Mul", x, b.w(8, 1, 1)), b.w(8, 1, 1)), 8, 2)
+
+
+@case(4, opset=21)
+def group_norm(b: Builder) -> str:
+    x = b.op("GroupNormalization", b.conv(image(b), 3, 8), b.w(8), b.w(8), num_groups=4)
+    return b.conv(x, 8, 2)
+
+
+@case(8)
+def instance_norm(b: Builder) -> str:
+    return b.conv(b.op("InstanceNormalization", b.conv(image(b), 3, 8), b.w(8), b.w(8)), 8, 2)
+
+
+@case(3)
+def depth_to_space(b: Builder) -> str:
+    return b.conv(b.op("DepthToSpace", b.conv(image(b), 3, 12), blocksize=2), 3, 2)
+
+
+@case(3)
+def depth_to_space_crd(b: Builder) -> str:
+    return b.conv(b.op("DepthToSpace", b.conv(image(b), 3, 12), blocksize=2, mode="CRD"), 3, 2)
+
+
+@case(3)
+def space_to_depth(b: Builder) -> str:
+    return b.conv(b.op("SpaceToDepth", b.conv(image(b), 3, 3), blocksize=2), 12, 2)
+
+
+@case(3)
+def pixel_shuffle_exported(b: Builder) -> str:
+    x = b.op("Reshape", b.conv(image(b), 3, 12), b.ints(0, 3, 2, 2, 6, 6))
+    x = b.op("Reshape", b.op("Transpose", x, perm=[0, 1, 4, 2, 5, 3]), b.ints(0, 3, 12, 12))
+    return b.conv(x, 3, 2)
+
+
+@case(3, 4, 4)
+def attention(b: Builder) -> str:
+    # Heads leave as such (3); the widths of queries and keys (4) and of values (4) are cut evenly in all heads.
+    x = tokens(b)
+    q, k, v = (b.heads(b.dense(x, 6, 12), 3, 4) for _ in range(3))
+    return b.dense(b.join(b.attend(q, k, v), 12), 12, 6)
+
+
+@case(3, 4, 4)
+def attention_fused_split(b: Builder) -> str:
+    parts = b.ops("Split", 3, b.dense(tokens(b), 6, 36), b.ints(12, 12, 12), axis=2)
+    q, k, v = (b.heads(part, 3, 4) for part in parts)
+    return b.dense(b.join(b.attend(q, k, v), 12), 12, 6)
+
+
+@case(3, 4)
+def attention_fused_gather(b: Builder) -> str:
+    # (N, T, 3, heads, width) is a rectangle: queries, keys and values have one width.
+    x = b.op("Reshape", b.dense(tokens(b), 6, 36), b.ints(0, 0, 3, 3, 4))
+    x = b.op("Transpose", x, perm=[2, 0, 3, 1, 4])
+    q, k, v = (b.op("Gather", x, b.c(np.int64(i)), axis=0) for i in range(3))
+    return b.dense(b.join(b.attend(q, k, v), 12), 12, 6)
+
+
+@case(3, 4, 4)
+def attention_over_merged_heads(b: Builder) -> str:
+    x = tokens(b, length=5)
+    q, k, v = (b.op("Reshape", b.heads(b.dense(x, 6, 12), 3, 4), b.ints(-1, 5, 4)) for _ in range(3))
+    scores = b.op("Softmax", b.op("MatMul", q, b.op("Transpose", k, perm=[0, 2, 1])), axis=-1)
+    x = b.op("Reshape", b.op("MatMul", scores, v), b.ints(-1, 3, 5, 4))
+    return b.dense(b.join(x, 12), 12, 6)
+
+
+@case(2, 2, 4, 4)
+def grouped_queries(b: Builder) -> str:
+    # 2 key-value heads with 2 queries each.
+    x = tokens(b, length=5)
+    q = b.heads(b.dense(x, 6, 16), 4, 4)
+    k, v = (
+        b.op(
+            "Reshape",
+            b.op("Expand", b.op("Unsqueeze", b.heads(b.dense(x, 6, 8), 2, 4), b.ints(2)), b.ints(1, 2, 2, 5, 4)),
+            b.ints(-1, 4, 5, 4),
+        )
+        for _ in range(2)
+    )
+    return b.dense(b.join(b.attend(q, k, v), 16), 16, 6)
+
+
+@case(3, 2, 4)
+def rotary(b: Builder) -> str:
+    # Rotated pairs (i, i + 2) leave together: 2 of them; the values keep their own width (4).
+    x = tokens(b, length=5)
+    q, k, v = (b.heads(b.dense(x, 6, 12), 3, 4) for _ in range(3))
+    cos, sin = (b.c(np.tile(b.rng.standard_normal((5, 2)), 2).astype(np.float32)) for _ in range(2))
+
+    def turn(y: str) -> str:
+        first = b.op("Slice", y, b.ints(0), b.ints(2), b.ints(3))
+        second = b.op("Slice", y, b.ints(2), b.ints(2**63 - 1), b.ints(3))
+        turned = b.op("Concat", b.op("Neg", second), first, axis=-1)
+        return b.op("Add", b.op("Mul", y, cos), b.op("Mul", turned, sin))
+
+    return b.dense(b.join(b.attend(turn(q), turn(k), v), 12), 12, 6)
+
+
+@case(3, 4)
+def einsum(b: Builder) -> str:
+    y = b.op("Einsum", tokens(b), b.w(6, 3, 4), equation="ntc,chd->nthd")
+    return b.op("Einsum", b.relu(y), b.w(3, 4, 5), equation="nthd,hde->nte")
+
+
+@case(8)
+def lstm_input(b: Builder) -> str:
+    x = b.op("Transpose", b.relu(b.dense(tokens(b), 6, 8)), perm=[1, 0, 2])
+    return b.op("LSTM", x, b.w(1, 20, 8), b.w(1, 20, 5), b.w(1, 40), hidden_size=5)
+
+
+@case(8)
+def resize_scales(b: Builder) -> str:
+    scales = b.c(np.array([1, 1, 2, 2], np.float32))
+    return b.conv(b.op("Resize", b.conv(image(b), 3, 8), "", scales), 8, 2)
+
+
+@case(8)
+def resize_sizes(b: Builder) -> str:
+    batch = b.op("Slice", b.op("Shape", "x"), b.ints(0), b.ints(1))
+    sizes = b.op("Concat", batch, b.ints(8, 12, 12), axis=0)
+    return b.conv(b.op("Resize", b.conv(image(b), 3, 8), "", "", sizes), 8, 2)
+
+
+@case(8)
+def pad_space(b: Builder) -> str:
+    x = b.op("Pad", b.conv(image(b), 3, 8), b.ints(0, 0, 1, 1, 0, 0, 2, 2), mode="reflect")
+    return b.conv(x, 8, 2)
+
+
+@case(4)
+def pad_channels(b: Builder) -> str:
+    x = b.op("Pad", b.relu(b.conv(image(b), 3, 4)), b.ints(0, 2, 0, 0, 0, 2, 0, 0), b.c(np.float32(0.5)))
+    return b.conv(x, 8, 2)
+
+
+@case(8)
+def shared_weight(b: Builder) -> str:
+    x, w = b.dense(tokens(b), 6, 8), b.w(8, 5)
+    return b.op("Add", b.op("MatMul", x, w), b.op("MatMul", b.relu(x), w))
+
+
+@case(8)
+def weight_on_the_left(b: Builder) -> str:
+    x = b.op("Transpose", b.dense(tokens(b), 6, 8), perm=[0, 2, 1])
+    return b.op("MatMul", b.w(5, 8), x)
+
+
+@case(8, 4)
+def transposed_weight(b: Builder) -> str:
+    x = b.dense(tokens(b), 6, 8)
+    x = b.op("MatMul", x, b.op("Transpose", b.w(4, 8), perm=[1, 0]))
+    return b.dense(x, 4, 3)
+
+
+@case(3, 4, 4)
+def sizes_joined(b: Builder) -> str:
+    """Reshape targets as exporters write them: the batch and length of the input joined with constants."""
+    x = tokens(b)
+    shape = b.op("Shape", x)
+    batch, length = (b.op("Gather", shape, b.ints(k)) for k in range(2))
+    split = b.op("Concat", batch, length, b.ints(3, 4), axis=0)
+    q, k, v = (b.op("Transpose", b.op("Reshape", b.dense(x, 6, 12), split), perm=[0, 2, 1, 3]) for _ in range(3))
+    merged = b.op("Concat", batch, length, b.ints(12), axis=0)
+    x = b.op("Reshape", b.op("Transpose", b.attend(q, k, v), perm=[0, 2, 1, 3]), merged)
+    return b.dense(x, 12, 6)
+
+
+@case(4)
+def tiled(b: Builder) -> str:
+    x = b.op("Tile", b.conv(image(b), 3, 4), b.ints(1, 2, 1, 1))
+    return b.conv(x, 8, 2)
