@@ -122,12 +122,13 @@ def output_error(expected: Mapping[str, object], got: Mapping[str, object]) -> f
 
 
 def _compensate(model: ir.Model, item: Layer, factor: Factor, removed: np.ndarray) -> None:
-    """Refit one layer to the channels that stay, V = M G_:K (G_KK + λI)⁻¹ and the bias from the means."""
+    """Refit one layer to the channels that stay, V = (M G_:K + λ M_K)(G_KK + λI)⁻¹ and the bias from the means."""
     keep = ~removed
     kept = factor.moments[np.ix_(keep, keep)]
-    damped = kept + 1e-2 * max(float(np.mean(np.diag(kept))), 1e-12) * np.eye(len(kept))
+    ridge = 1e-2 * max(float(np.mean(np.diag(kept))), 1e-12)
+    right = factor.matrix @ factor.moments[:, keep] + ridge * factor.matrix[:, keep]
     fitted = np.zeros_like(factor.matrix)
-    fitted[:, keep] = np.linalg.solve(damped, (factor.matrix @ factor.moments[:, keep]).T).T
+    fitted[:, keep] = np.linalg.solve(kept + ridge * np.eye(len(kept)), right.T).T
     taps = item.taps
     shift = (factor.matrix - fitted).reshape(-1, taps, len(keep)).sum(axis=1) @ factor.mean
     item.write(model, np.moveaxis(fitted.reshape(-1, taps, len(keep)), 1, 2).reshape(-1, taps * len(keep)))

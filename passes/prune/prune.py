@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxslim import coupling, runtime
 from onnxslim.channels import Labels
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
-from onnxslim.coupling import Coupling, Family
+from onnxslim.coupling import Coupling, Family, Site
 from onnxslim.data import Data
 from onnxslim.errors import CheckError
 from onnxslim.graph import set_constant
@@ -21,7 +21,8 @@ from onnxslim.passes.prune import allocate, importance, measure
 from onnxslim.passes.prune.layers import Layer, layer
 from onnxslim.passes.prune.reconstruct import refit
 
-ATTEMPTS = 4  # plans, each more careful, before "nothing is nearly free"
+TRIALS = 8  # plans tried without refitting
+ATTEMPTS = 3  # plans, each more careful, before "nothing is nearly free"
 PROBES = 16  # samples on which each family's meaning for the outputs is measured
 FELT = 1e-4  # relative error of the readers that is more than rounding
 MOST = 0.6  # share of a family that can leave when only what is nearly free may
@@ -55,7 +56,7 @@ class Prune(Pass):
     needs_data: ClassVar[bool] = True
 
     ratio: float | None = None
-    tolerance: float = 4e-3
+    tolerance: float = 1e-2
     protect: tuple[str, ...] = ()
     refit: bool = True
 
@@ -80,23 +81,36 @@ class Prune(Pass):
             outcome.skipped.append(Skip("*", "no calibration data: what is nearly free cannot be known; give a ratio"))
             return outcome
         fit, held_out = ctx.calibration.split(0.15)
-        orders, candidates = self._judge(coupled, families, held_out, dataclasses.replace(ctx, calibration=fit))
-        tolerance = self.tolerance
-        for attempt in range(ATTEMPTS):
-            outcome.stats["plans"] = attempt + 1
+        judge = dataclasses.replace(ctx, calibration=fit)
+        measured = measure.factors(coupled, families, judge)
+        orders, candidates = self._judge(coupled, families, measured, held_out, judge)
+
+        def plan(tolerance: float) -> tuple[list[int], np.ndarray]:
             if self.ratio is None:
                 counts = allocate.within(candidates, tolerance)
             else:
                 counts = allocate.at_ratio(candidates, self.ratio)
             leaving = [f.atoms[o.units[:m]] for f, o, m in zip(families, orders, counts, strict=True)]
-            atoms = np.concatenate([np.empty(0, np.int64), *leaving])
+            return counts, np.concatenate([np.empty(0, np.int64), *leaving])
+
+        allowed = self.tolerance
+        for attempt in range(ATTEMPTS):
+            counts, atoms = plan(np.inf)
+            if self.ratio is None:
+                # The sum of what the families cost alone is only an estimate: try plans before refitting one.
+                low, high = 0.0, 8 * self.tolerance
+                for trial in range(TRIALS):
+                    middle = high / 8 if trial == 0 else (low + high) / 2
+                    tried = measure.sensitivity(coupled, measured, [plan(middle)[1]], held_out.spread(PROBES), ctx)[0]
+                    low, high = (middle, high) if tried <= allowed else (low, middle)
+                counts, atoms = plan(low)
+            outcome.stats["plans"] = attempt + 1
             if not len(atoms):
                 break
             masked, error = self._refitted(model, coupled, atoms, fit, held_out, ctx, outcome)
             if self.ratio is not None or error <= self.tolerance:
                 break
-            # The sum of what the families cost alone was too low an estimate: plan for less.
-            tolerance *= min(0.5, 0.7 * self.tolerance / error)
+            allowed *= min(0.5, 0.7 * self.tolerance / error)
         else:
             outcome.skipped.append(Skip("*", f"nothing is nearly free: even the least cost an error of {error:.3g}"))
             return outcome
@@ -127,10 +141,14 @@ class Prune(Pass):
         return families
 
     def _judge(
-        self, coupled: Coupling, families: list[Family], held_out: Data, ctx: Context
+        self,
+        coupled: Coupling,
+        families: list[Family],
+        measured: Mapping[Site, measure.Factor],
+        held_out: Data,
+        ctx: Context,
     ) -> tuple[list[importance.Order], list[allocate.Candidate]]:
         """The order of removal in each family, and what each step costs in error of the model's outputs."""
-        measured = measure.factors(coupled, families, ctx)
         orders, probes = [], []
         for family in ctx.progress.track(families, total=len(families), label="rank channels"):
             count = len(family.atoms)
