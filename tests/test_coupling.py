@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from coupled_graphs import CASES, Builder, Case, image, tokens
 from onnx import TensorProto, helper
 
 from onnxslim import coupling, runtime
@@ -20,6 +19,9 @@ from onnxslim.graph import constant
 
 # bench/ is no installed package: it is imported from the checkout, as the command line does.
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from coupled_graphs import CASES, Builder, Case, image, tokens
 
 from bench.oracle import TOLERANCE, difference, some_units
 
