@@ -2,8 +2,7 @@
 
 With x the inputs of one output (K,), H = E[x xᵀ] and a row w of the weight, storing w as q changes the result by
 (q - w)·x, whose mean square is (q - w)ᵀ H (q - w). Columns are rounded one after the other, and the error of each is
-spread over the ones to come along the inverse of H (Frantar et al., GPTQ, 2023; Hassibi and Stork, 1993). Where a bias
-takes up the mean of the error, H is the covariance of x.
+spread over the ones to come along the inverse of H (Frantar et al., GPTQ, 2023; Hassibi and Stork, 1993).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ DAMPING = 0.01
 
 
 class Gram:
-    """Mean and second moments of what each group of a product multiplies: (groups, K) and (groups, K, K).
+    """Second moments of what each group of a product multiplies: (groups, K, K).
 
     Rows are taken at a stride, about ``rows`` from each sample.
     """
@@ -45,7 +44,6 @@ class Gram:
             self.pads = [(k - 1) // 2 for k in self.window] * 2
         self._pending: list[np.ndarray] = []
         self.count = 0
-        self.total = np.zeros((self.groups, self.width))
         self.square = np.zeros((self.groups, self.width, self.width))
 
     def update(self, array: np.ndarray) -> None:
@@ -64,7 +62,6 @@ class Gram:
         rows = np.concatenate(self._pending, axis=1)
         self._pending.clear()
         self.count += rows.shape[1]
-        self.total += rows.sum(1, dtype=np.float64)
         self.square += rows.transpose(0, 2, 1) @ rows
 
     def _windows(self, array: np.ndarray) -> np.ndarray:
@@ -87,14 +84,11 @@ class Gram:
         grouped = picked.reshape(n, self.groups, channels // self.groups, m, -1)
         return grouped.transpose(1, 0, 3, 2, 4).reshape(self.groups, n * m, self.width)
 
-    def matrix(self, *, centred: bool) -> np.ndarray:
-        """Second moments (groups, K, K), about the mean or about zero."""
+    @property
+    def matrix(self) -> np.ndarray:
+        """Second moments, (groups, K, K)."""
         self._flush()
-        moments = self.square / max(self.count, 1)
-        if not centred:
-            return moments
-        mean = self.total / max(self.count, 1)
-        return moments - mean[:, :, None] * mean[:, None, :]
+        return self.square / max(self.count, 1)
 
 
 def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, limit: int = 127) -> np.ndarray:
@@ -128,11 +122,9 @@ def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, limit: 
     return back.astype(np.int8)
 
 
-def refine(
-    weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int, *, centred: bool
-) -> np.ndarray:
+def refine(weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int) -> np.ndarray:
     """``stored`` again with the rounding that suits the inputs seen; never worse than before under their moments."""
-    moments = gram.matrix(centred=centred)
+    moments = gram.matrix
     if not gram.count or not np.isfinite(moments).all():
         return stored
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)

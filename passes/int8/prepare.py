@@ -77,13 +77,13 @@ def survey(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, *
     }
     units = {n: u for n, u in units.items() if all(options.get(owner.get(v, v), True) for v in (*u.inputs, *u.outputs))}
     kept = [n for n in products if n in units]
-    weights = {n: _store(units[n], per_channel, grams.get(n)) for n in kept}
+    weights = {}
+    for name in kept:
+        choices = options[owner.get(units[name].inputs[0], units[name].inputs[0])].values()
+        least = min(float(c.scale) for c in choices)
+        weights[name] = _store(units[name], per_channel, grams.get(name), least)
     params = {name: found["mse" if "mse" in found else "minmax"] for name, found in options.items() if found}
     shift, methods = _compare(model, kept, weights, options, params, data.spread(COMPARED), ctx)
-    for name in kept:
-        unit = units[name]
-        scale = float(params[owner.get(unit.inputs[0], unit.inputs[0])].scale)
-        weights[name] = _fit_bias(unit, weights[name], scale)
     table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
     sizes = {name: histograms[owner.get(name, name)].elements for name in (*names, *owner)}
     return Prepared(units, kept, sizes, {n: table.get(n, 0) for n in kept}, params, weights, shift, methods)
@@ -175,29 +175,18 @@ def _grams(units: Mapping[str, Unit], products: Collection[str], rows: int) -> d
     return found
 
 
-def _store(unit: Unit, per_channel: bool, gram: Gram | None) -> tuple[np.ndarray, QParams]:
+def _store(unit: Unit, per_channel: bool, gram: Gram | None, scale: float) -> tuple[np.ndarray, QParams]:
+    """The stored weight of a product whose input is stored with at least the step ``scale``."""
     assert unit.weight is not None
     index, axis = unit.weight
     weight = constant(unit.node.inputs[index])
     assert weight is not None
     params = weight_params(weight, axis if per_channel else None)
+    bias = constant(unit.node.inputs[2]) if len(unit.node.inputs) > 2 else None
+    if bias is not None:
+        channels = weight.shape[axis or 0]
+        params = widen_for_bias(params, np.broadcast_to(bias.reshape(-1), (channels,)), scale)
     stored = quantize(weight, params)
     if gram is not None and axis is not None:
-        # A bias makes up for the mean of the error; a MatMul without a row behind it has none.
-        centred = unit.op != "MatMul" or unit.bias is not None
-        stored = refine(weight, stored, params, gram, axis, centred=centred)
+        stored = refine(weight, stored, params, gram, axis)
     return stored, params
-
-
-def _fit_bias(unit: Unit, stored: tuple[np.ndarray, QParams], scale: float) -> tuple[np.ndarray, QParams]:
-    """The stored weight again, with wider scales where the bias of Conv or Gemm would overflow 32 bits."""
-    bias = constant(unit.node.inputs[2]) if len(unit.node.inputs) > 2 else None
-    if bias is None or unit.weight is None:
-        return stored
-    flat = np.broadcast_to(bias.reshape(-1), (stored[0].shape[unit.weight[1] or 0],))
-    wide = widen_for_bias(stored[1], flat, scale)
-    if np.array_equal(wide.scale, stored[1].scale):
-        return stored
-    weight = constant(unit.node.inputs[unit.weight[0]])
-    assert weight is not None
-    return quantize(weight, wide), wide

@@ -1,0 +1,110 @@
+"""Rounding of weights: the result of a product moves less than with rounding to nearest."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxslim.quantization import QParams, dequantize, quantize, weight_params
+from onnxslim.rounding import Gram, refine, round_rows
+from onnxslim.units import Kind, Unit
+
+RNG = np.random.default_rng(3)
+
+
+def unit(op: str, **attributes: Any) -> Unit:
+    node = ir.node(op, [ir.Value(name="x"), ir.Value(name="w")], attributes)
+    axis = 1 if op != "Conv" and not attributes.get("transB") else 0
+    return Unit("n", Kind.PRODUCT, node, ("x",), ("y",), weight=(1, axis))
+
+
+def correlated(*shape: int) -> np.ndarray:
+    """Neighbouring channels are much alike, as in real activations."""
+    noise = RNG.standard_normal(shape)
+    return (noise + 3 * RNG.standard_normal((shape[0], 1, *shape[2:])) + 2).astype(np.float32)
+
+
+def error(rows: np.ndarray, steps: np.ndarray, scale: np.ndarray, moments: np.ndarray) -> float:
+    gap = steps * scale[:, None] - rows
+    return float(np.einsum("ok,kl,ol->", gap, moments, gap))
+
+
+def test_beats_rounding_to_nearest() -> None:
+    x = correlated(500, 100).astype(np.float64)
+    rows = RNG.standard_normal((8, 100))
+    scale = np.abs(rows).max(1) / 127
+    moments = x.T @ x / len(x)
+    nearest = np.rint(rows / scale[:, None])
+    assert error(rows, round_rows(rows, scale, moments), scale, moments) < 0.3 * error(rows, nearest, scale, moments)
+
+
+def test_comes_near_the_best_of_all_roundings() -> None:
+    x = correlated(200, 6).astype(np.float64)
+    moments = x.T @ x / len(x)
+    for _ in range(10):
+        row = RNG.standard_normal((1, 6))
+        scale = np.abs(row).max(1) / 7
+        best = min(
+            error(row, np.floor(row / scale[:, None]) + np.array(up), scale, moments)
+            for up in itertools.product((0, 1), repeat=6)
+        )
+        nearest = error(row, np.rint(row / scale[:, None]), scale, moments)
+        found = error(row, round_rows(row, scale, moments), scale, moments)
+        assert found <= best + 0.5 * max(nearest - best, 0) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "weight"),
+    [
+        ("Conv", {"pads": [1, 1, 1, 1], "strides": [2, 1]}, (8, 6, 3, 3)),
+        ("Conv", {"group": 6, "pads": [1, 0, 1, 2]}, (12, 1, 3, 3)),
+        ("Conv", {"group": 2, "dilations": [2, 2]}, (4, 3, 2, 2)),
+        ("Conv", {"auto_pad": "SAME_UPPER"}, (5, 6, 3, 3)),
+        ("MatMul", {}, (12, 7)),
+        ("Gemm", {"transB": 1}, (7, 12)),
+    ],
+)
+def test_results_move_less(op: str, attributes: dict[str, Any], weight: tuple[int, ...]) -> None:
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    w = RNG.standard_normal(weight).astype(np.float32)
+    x = correlated(3, 6, 9, 8) if op == "Conv" else correlated(200, 12)
+    found = unit(op, **attributes)
+    gram = Gram(found, weight, 1000)
+    gram.update(x)
+    assert found.weight is not None
+    axis = found.weight[1] or 0
+    # Few levels, so that rounding matters.
+    params = weight_params(w, axis)
+    params = QParams(params.scale * 16, params.zero_point, params.axis)
+    plain = quantize(w, params)
+    better = refine(w, plain, params, gram, axis)
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", "w"], ["y"], **attributes)],
+        "g",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, a.shape) for n, a in (("x", x), ("w", w))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = ort.InferenceSession(proto.SerializeToString())
+
+    def result(array: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run(None, {"x": x, "w": array})[0])
+
+    exact = result(w)
+    moved = [np.square(result(dequantize(q, params)) - exact).sum() for q in (plain, better)]
+    assert moved[1] < 0.9 * moved[0]
+
+
+def test_without_rows_nothing_changes() -> None:
+    w = RNG.standard_normal((4, 3, 5, 5)).astype(np.float32)
+    gram = Gram(unit("Conv"), w.shape, 100)
+    gram.update(np.zeros((1, 3, 2, 2), np.float32))  # smaller than the window
+    params = weight_params(w, 0)
+    plain = quantize(w, params)
+    np.testing.assert_array_equal(refine(w, plain, params, gram, 0), plain)
