@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import apply, assert_same, operators, run
+from oracles import CONTEXT, apply, assert_same, operators, run
 from strategies import Builder, Case, Value, conv, conv_transpose, gemm, matmul
 
 from onnxslim import model as model_io
-from onnxslim import runtime
+from onnxslim import runtime, verify
+from onnxslim.data import input_specs, open_data
+from onnxslim.pipeline import parse
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 RNG = np.random.default_rng(0)
@@ -1106,3 +1108,22 @@ def test_products_over_different_axes_are_not_added() -> None:
     nodes = [node("MatMul", "x w", "p"), node("MatMul", "v x", "q"), node("Add", "p q")]
     model = net(nodes, {"x": [2, 4, 4]}, {"w": normal(4, 4), "v": normal(4, 4)})
     assert len(operators(fold(model, {"x": normal(2, 4, 4)}))) == 3
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("efficientnet_lite0", 94), ("minilm_l6", 218), ("ppocrv4_rec", 263), ("ppocrv4_det", 211)]
+)
+def test_real_models_keep_their_outputs(name: str, nodes: int) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from models import zoo
+
+    entry = zoo.load_models()[name]
+    model = model_io.load(entry.path)
+    original = runtime.load(model, threads=1)
+    samples = open_data(entry.folder / entry.calibration, input_specs(model)).spread(2)
+    for item in parse("simplify,fold"):
+        item.apply(model, CONTEXT)
+    assert sum(1 for _ in model.graph.all_nodes()) <= nodes
+    fidelity, _ = verify.measure(verify.Reference(original, samples), runtime.load(model, threads=1))
+    assert fidelity.broken() is None
