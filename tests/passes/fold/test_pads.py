@@ -1,0 +1,120 @@
+"""Pad into convolutions and pools."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from nets import fold, net, node, normal, reasons
+from oracles import operators
+
+
+def padded(
+    op: str,
+    amounts: Sequence[int],
+    fill: float | None = None,
+    *,
+    relu: bool = False,
+    mode: str = "constant",
+    **attributes: Any,
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    parts: dict[str, np.ndarray] = {"pads": np.array(amounts, np.int64)}
+    nodes = [node("Relu", "x", "r")] if relu else []
+    if fill is not None:
+        parts["fill"] = np.float32(fill)
+    nodes.append(node("Pad", f"{'r' if relu else 'x'} pads{' fill' if fill is not None else ''}", "p", mode=mode))
+    if op == "Conv":
+        parts["w"] = normal(2, 3, 3, 3)
+    else:
+        attributes.setdefault("kernel_shape", [3, 3])
+    nodes.append(node(op, "p w" if op == "Conv" else "p", **attributes))
+    return net(nodes, {"x": [1, 3, 6, 5]}, parts), {"x": normal(1, 3, 6, 5) - 1}
+
+
+SPATIAL = (0, 0, 1, 2, 0, 0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "attributes", "folds"),
+    [
+        (("Conv", SPATIAL), {}, True),
+        (("Conv", SPATIAL, 0.0), {"pads": [1, 0, 0, 2], "strides": [2, 1], "dilations": [1, 2]}, True),
+        (("Conv", SPATIAL), {"auto_pad": "VALID"}, True),
+        (("Conv", SPATIAL), {"auto_pad": "SAME_UPPER", "strides": [2, 2]}, False),
+        (("Conv", SPATIAL, 1.0), {}, False),
+        (("Conv", (0, 0, 1, -1, 0, 0, 0, 1)), {}, False),
+        (("Conv", (1, 0, 1, 1, 0, 0, 0, 1)), {}, False),
+        (("AveragePool", SPATIAL), {}, True),
+        (("AveragePool", SPATIAL), {"pads": [1, 0, 0, 0], "count_include_pad": 1}, False),
+        (("AveragePool", (0, 0, 1, 1, 0, 0, 0, 1)), {"pads": [1, 0, 0, 0], "count_include_pad": 1}, True),
+        (("AveragePool", (0, 0, 1, 1, 0, 0, 0, 1)), {"pads": [1, 0, 0, 0]}, False),
+        (("AveragePool", SPATIAL, 2.0), {}, False),
+        (("AveragePool", (0, 0, 1, 1, 0, 0, 1, 1)), {"ceil_mode": 1, "strides": [2, 2]}, False),
+        (("MaxPool", SPATIAL, -np.inf), {}, True),
+        (("MaxPool", SPATIAL, float(np.finfo(np.float32).min)), {}, True),
+        (("MaxPool", SPATIAL), {}, False),
+        (("MaxPool", (0, 0, 3, 0, 0, 0, 0, 0), -np.inf), {}, False),
+        (("MaxPool", (0, 0, 1, 1, 0, 0, 1, 1), -np.inf), {"ceil_mode": 1, "strides": [2, 2]}, False),
+    ],
+)
+def test_pads(arguments: tuple[Any, ...], attributes: dict[str, Any], folds: bool) -> None:
+    if arguments == ("AveragePool", SPATIAL) and attributes.get("pads"):
+        attributes = {**attributes, "pads": [2, 0, 0, 0]}  # 1 + 2 rows of padding are as many as the window has
+    model, feeds = padded(*arguments, **attributes)
+    result = fold(model, feeds)
+    assert ("Pad" not in operators(result)) == folds
+    assert bool(reasons(model)) != folds
+
+
+def test_zeros_never_win_against_the_result_of_a_relu() -> None:
+    model, feeds = padded("MaxPool", SPATIAL, relu=True)
+    assert operators(fold(model, feeds)) == ["Relu", "MaxPool"]
+    model, feeds = padded("MaxPool", SPATIAL, 0.5, relu=True)
+    assert operators(fold(model, feeds)) == ["Relu", "Pad", "MaxPool"]
+
+
+def test_indices_of_a_maximum_count_padded_elements() -> None:
+    model, feeds = padded("MaxPool", SPATIAL, -np.inf)
+    model.graph.node[-1].output.append("indices")
+    model.graph.output.append(helper.make_tensor_value_info("indices", TensorProto.INT64, None))
+    assert operators(fold(model, feeds)) == ["Pad", "MaxPool"]
+
+
+def test_other_modes_of_pad_stay() -> None:
+    for mode in ("edge", "reflect"):
+        model, feeds = padded("Conv", SPATIAL, mode=mode)
+        assert operators(fold(model, feeds)) == ["Pad", "Conv"]
+
+
+def test_a_padded_value_that_others_read_stays() -> None:
+    model, feeds = padded("Conv", SPATIAL)
+    model.graph.output.append(helper.make_tensor_value_info("p", TensorProto.FLOAT, None))
+    assert operators(fold(model, feeds)) == ["Pad", "Conv"]
+
+
+def test_pads_by_axes_and_pads_of_old_operator_sets() -> None:
+    parts = {"pads": np.array([1, 2], np.int64), "axes": np.array([-1], np.int64), "w": normal(2, 3, 2)}
+    new = net(
+        [node("Pad", "x pads  axes".replace("  ", " none "), "p"), node("Conv", "p w")],
+        {"x": [1, 3, 5]},
+        parts,
+        opset=18,
+    )
+    new.graph.node[0].input[2] = ""
+    result = fold(new, {"x": normal(1, 3, 5)})
+    assert operators(result) == ["Conv"]
+    old = net(
+        [node("Pad", "x", "p", pads=[0, 0, 1, 0, 0, 2], value=0.0), node("Conv", "p w")],
+        {"x": [1, 3, 5]},
+        {"w": normal(2, 3, 2)},
+        opset=10,
+    )
+    assert operators(fold(old, {"x": normal(1, 3, 5)})) == ["Conv"]
