@@ -7,8 +7,10 @@ simplified and folded first. Then, family by family, one random unit is masked i
 their outputs are compared on a sample; last, one unit of every family in one go and a random half of the units of every
 family in one go. ``--fast`` does only the last two.
 
-The error is the largest difference relative to the largest magnitude of the output. Exit codes: 0 done, 1 a model
-differs by more than 1e-4.
+The error is the largest difference relative to the largest magnitude of the output; 1e-4 is allowed. A model that lost
+half of its channels can amplify rounding by more than that: a larger error therefore counts only beyond four times the
+"noise", what the masked model differs from itself by with the optimizations of ONNX Runtime on and off. Exit codes: 0
+done, 1 a model differs by more.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from onnxslim.contract import Context
 from onnxslim.coupling import Coupling, Family
 
 TOLERANCE = 1e-4
+# As in onnxslim.verify: how many times its own noise a model may be off.
+_NOISE = 4.0
 Feeds = Mapping[str, np.ndarray]
 
 
@@ -49,10 +53,24 @@ def difference(coupled: Coupling, atoms: np.ndarray, sample: Feeds, feeds: Itera
 
     Neither the model of ``coupled`` nor anything else that it holds is changed.
     """
-    masked, pruned = coupled.model.clone(), coupled.model.clone()
-    coupling.mask(masked, coupled.sites, coupled.removed(atoms))
+    pruned = coupled.model.clone()
     coupling.analyze(pruned, sample, threads=threads).remove(atoms)
-    left, right = (runtime.load(m, threads=threads) for m in (masked, pruned))
+    return _apart(*(runtime.load(m, threads=threads) for m in (_masked(coupled, atoms), pruned)), feeds)
+
+
+def noise(coupled: Coupling, atoms: np.ndarray, feeds: Iterable[Feeds], threads: int = 1) -> float:
+    """Largest relative difference of the model with ``atoms`` masked to itself, in another order of arithmetic."""
+    masked = _masked(coupled, atoms)
+    return _apart(*(runtime.load(masked, threads=threads, optimize=optimize) for optimize in (True, False)), feeds)
+
+
+def _masked(coupled: Coupling, atoms: np.ndarray) -> ir.Model:
+    masked = coupled.model.clone()
+    coupling.mask(masked, coupled.sites, coupled.removed(atoms))
+    return masked
+
+
+def _apart(left: runtime.Runner, right: runtime.Runner, feeds: Iterable[Feeds]) -> float:
     worst = 0.0
     for feed in feeds:
         a, b = left(feed), right(feed)
@@ -80,7 +98,13 @@ class Judged:
     units: int
     trials: int
     worst: float
+    noise: float  # of the worst trial; 0 where the error needs no excuse
     frozen: Counter[str]
+
+    @property
+    def holds(self) -> bool:
+        """True when removed channels are masked channels, up to rounding."""
+        return self.worst <= max(TOLERANCE, _NOISE * self.noise)
 
 
 def prepare(name: str, threads: int = 1) -> tuple[ir.Model, Feeds]:
@@ -102,9 +126,14 @@ def judge(model: ir.Model, sample: Feeds, *, fast: bool, seed: int = 0, threads:
     trials = [] if fast else [some_units([family], rng, 0) for family in families]
     if families:
         trials += [some_units(families, rng, 0), some_units(families, rng, 0.5)]
-    worst = max((difference(coupled, atoms, sample, [sample], threads) for atoms in trials), default=0.0)
+    results = []
+    for atoms in trials:
+        error = difference(coupled, atoms, sample, [sample], threads)
+        own = noise(coupled, atoms, [sample], threads) if error > TOLERANCE else 0.0
+        results.append((error, own))
+    worst, own = max(results, key=lambda r: r[0] / max(TOLERANCE, _NOISE * r[1]), default=(0.0, 0.0))
     units = sum(len(family.atoms) for family in families)
-    return Judged(len(families), units, len(trials), worst, Counter(coupled.frozen().values()))
+    return Judged(len(families), units, len(trials), worst, own, Counter(coupled.frozen().values()))
 
 
 def main() -> int:
@@ -115,13 +144,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     failed = False
-    print(f"{'model':24} {'families':>8} {'units':>7} {'trials':>6} {'worst error':>12} {'frozen weights':>14}")
+    print(
+        f"{'model':24} {'families':>8} {'units':>7} {'trials':>6} {'worst error':>12} {'noise':>8} "
+        f"{'frozen weights':>14}"
+    )
     for name in args.names or [m.name for m in zoo.load_models().values() if m.path.is_file()]:
         judged = judge(*prepare(name, args.threads), fast=args.fast, threads=args.threads)
-        failed |= not judged.worst <= TOLERANCE
+        failed |= not judged.holds
         print(
             f"{name:24} {judged.families:8} {judged.units:7} {judged.trials:6} {judged.worst:12.1e} "
-            f"{judged.frozen.total():14}",
+            f"{f'{judged.noise:.1e}' if judged.noise else '-':>8} {judged.frozen.total():14}",
             flush=True,
         )
         for reason, count in judged.frozen.most_common():

@@ -10,7 +10,7 @@ import pytest
 # bench/ and models/ are no installed packages: they are imported from the checkout, as the command line does.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench.oracle import TOLERANCE, judge, prepare
+from bench.oracle import judge, prepare
 from models import zoo
 
 # What a model has families of at least: silero_vad is one If, whose bodies are left alone.
@@ -24,4 +24,4 @@ def test_removed_is_masked(name: str) -> None:
         pytest.skip(f"{name} is not fetched")
     judged = judge(*prepare(name), fast=True)
     assert judged.families >= FAMILIES.get(name, 5)
-    assert judged.worst <= TOLERANCE
+    assert judged.holds, (judged.worst, judged.noise)
