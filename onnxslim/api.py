@@ -117,7 +117,10 @@ def optimize(
     samples, runner = _samples(original, _as_given(model, original), given, lossy, must_run, ctx)
     ctx.calibration, ctx.synthetic = samples.calibration, samples.synthetic
     run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
-    return run.finish(*run.passes(chosen))
+    result = run.finish(*run.passes(chosen))
+    if isinstance(model, str | os.PathLike):
+        model_io.own_weights(result.model, model)
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +237,7 @@ class _Run:
         metric = self._metric()
         if metric is not None:
             checks.budget = Budget.of(checks.evaluation, metric, self.max_drop)
+        checks.settle()
         return checks
 
     def _metric(self) -> metrics.Metric | None:
@@ -314,6 +318,7 @@ class _Run:
         original therefore runs twice, and every interval is wider by how much its two sessions differ.
         """
         source = _as_given(self.source, self.original)
+        model_io.forget_weights(models[-1])
         runners = [runtime.load(m, ep=ep, threads=self.ctx.threads) for m in (source, source, *models)]
         timed = self.samples.judging.spread(_TIMED)
         feeds = [list(timed.feeds())] * len(runners)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim import model as model_io
 from onnxslim import runtime, verify
 from onnxslim.contract import Context, Effect, Pass
 from onnxslim.data import Data, Sample, synthetic
@@ -59,7 +60,9 @@ class Checks:
         self._ctx = ctx
         self._data = data
         self._original = runner
-        self._reference = verify.Reference(runner, data) if runner is not None else None
+        self._first = verify.Reference(runner, data) if runner is not None else None
+        self._reference = self._first  # what the next pass is compared to
+        self._last: tuple[ir.Model, runtime.Runner] | None = None
         self._noise: dict[int, verify.Fidelity] = {}
         self._measured: tuple[ir.Model, verify.Fidelity, float | None] | None = None
 
@@ -73,8 +76,15 @@ class Checks:
             self.kept.append((str(item), after))
         return problem
 
+    def settle(self) -> None:
+        """Run the original on all samples now, so that its session need not stay in memory while others do."""
+        references = [r for r in (self._first, self.evaluation) if r is not None]
+        if self._original is not None and all(r.settle() for r in references):
+            self._original.rest()
+
     def _run(self, after: ir.Model, item: Pass) -> str | None:
         try:
+            model_io.forget_weights(after)
             runner = runtime.load(after, threads=self._ctx.threads)
             reference = verify.Reference(runner, self._data, f"the result of {item.name}")
             broken = self._lossy(after, runner) if item.effect is Effect.LOSSY else self._lossless(after, runner)
@@ -84,6 +94,7 @@ class Checks:
         else:
             if broken is None:
                 self._reference = reference
+                self._last = after, runner
         return broken
 
     def _lossless(self, after: ir.Model, runner: runtime.Runner) -> str | None:
@@ -111,7 +122,9 @@ class Checks:
         """Fidelity and metric of ``model`` on the evaluation data; the last answer is kept."""
         assert self.evaluation is not None
         if self._measured is None or self._measured[0] is not model:
-            runner = runner or runtime.load(model, threads=self._ctx.threads)
+            if runner is None:
+                last = self._last if self._last is not None and self._last[0] is model else None
+                runner = last[1] if last is not None else runtime.load(model, threads=self._ctx.threads)
             metric = self.budget.metric if self.budget is not None else None
             fidelity, value = verify.measure(
                 self.evaluation, runner, metric, progress=self._ctx.progress, label="evaluate"
@@ -124,11 +137,12 @@ class Checks:
 
         Measured on the samples of ``reference``, by default on the check samples.
         """
-        assert self._original is not None
-        data = self._data if reference is None else reference.data
+        reference = reference or self._first
+        assert reference is not None
+        data = reference.data
         if id(data) not in self._noise:
             plain = runtime.load(self.kept[0][1], threads=self._ctx.threads, optimize=False)
-            found, _ = verify.measure(reference or verify.Reference(self._original, data), plain)
+            found, _ = verify.measure(reference, plain)
             if found.broken() is not None and not any(f.broken() for f in self._noise.values()):
                 self._ctx.warnings.append(
                     "the original does not repeat itself: with ONNX Runtime's own optimizations off, "
@@ -142,8 +156,7 @@ class Checks:
         self.kept[1:] = []
         self.failed.clear()
         self.missed.clear()
-        if self._original is not None:
-            self._reference = verify.Reference(self._original, self._data)
+        self._reference = self._first
 
 
 def generated(

@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import math
+import io
 import os
 import shutil
 import tempfile
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -31,6 +31,7 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
+from onnxslim import protos, wire
 from onnxslim.errors import ModelError, UsageError
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights they go to a file of their own.
@@ -139,7 +140,7 @@ def size(source: Any, model: ir.Model) -> int:
         return len(source)
     if isinstance(source, onnx.ModelProto):
         return source.ByteSize()
-    return len(to_bytes(model)) if weight_bytes(model) <= INLINE_LIMIT else weight_bytes(model)
+    return sum(map(wire.size, _pieces(model))) if weight_bytes(model) <= INLINE_LIMIT else weight_bytes(model)
 
 
 def fix_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -198,7 +199,9 @@ def to_bytes(model: ir.Model) -> bytes:
     """
     if weight_bytes(model) > INLINE_LIMIT:
         raise ModelError(f"{weight_bytes(model)} bytes of weights do not fit in one protobuf message: save to a path")
-    return _inline_proto(model).SerializeToString(deterministic=True)
+    content = io.BytesIO()
+    wire.write(_pieces(model), content)
+    return content.getvalue()
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
@@ -231,7 +234,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
             if external:
                 new_data = _write_external(model, draft, folder)
             else:
-                _write(draft, to_bytes(model))
+                _write(draft, _pieces(model))
             draft.replace(path)
             _sync(folder)
     except OSError as error:
@@ -239,6 +242,48 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
     for file in old_data - new_data:
         file.unlink(missing_ok=True)
     return path
+
+
+def by_reference(model: ir.Model) -> tuple[bytes, Path] | None:
+    """``model`` serialized with references to the weights that lie in files, and the folder that they are relative to.
+
+    None where no weight lies in a file, where the files are not in one folder, or where the rest is too large for a
+    message.
+    """
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    files = {t.path: Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
+    inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
+    folders = {file.parent for file in files.values()}
+    if len(folders) != 1 or inline > INLINE_LIMIT:
+        return None
+    clone = model.clone()
+    for value in clone.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                files[tensor.path].name, tensor.offset, tensor.nbytes, tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()), name=str(value.name),
+            )  # fmt: skip
+    return _lean(ir.to_proto(clone)).SerializeToString(deterministic=True), folders.pop()
+
+
+def forget_weights(model: ir.Model) -> None:
+    """Give back the memory of weights that lie in files; they are read again when they are needed."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            with contextlib.suppress(BufferError):  # somebody still holds the array
+                value.const_value.release()
+
+
+def own_weights(model: ir.Model, file: str | os.PathLike[str]) -> None:
+    """Read the weights that lie in ``file`` into memory, so that it may change or go."""
+    path = Path(file).resolve()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).resolve() == path:
+            (value.const_value,) = ir.external_data.convert_tensors_from_external([tensor])
+            with contextlib.suppress(BufferError):
+                tensor.release()
 
 
 @contextlib.contextmanager
@@ -254,10 +299,12 @@ def _read(path: Path, warnings: list[str]) -> ir.Model:
     try:
         if path.is_dir():
             raise ModelError(f"{path}: is a folder, not an ONNX file")
-        content = path.read_bytes()
+        content, spans = wire.outline_file(path)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error
-    return _from_proto(_parse(content, str(path)), str(path), path.parent, warnings)
+    proto = _parse(content, str(path))
+    inside = {proto.graph.initializer[k].name: span for k, span in spans.items()}
+    return _from_proto(proto, str(path), path, warnings, inside)
 
 
 def _parse(content: bytes, where: str) -> onnx.ModelProto:
@@ -269,7 +316,15 @@ def _parse(content: bytes, where: str) -> onnx.ModelProto:
         raise ModelError(f"{where}: not an ONNX file, or truncated ({len(content)} bytes): {error}") from error
 
 
-def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None, warnings: list[str]) -> ir.Model:
+def _from_proto(
+    proto: onnx.ModelProto,
+    where: str,
+    path: Path | None,
+    warnings: list[str],
+    inside: Mapping[str, wire.Span] = types.MappingProxyType({}),
+) -> ir.Model:
+    """The model that ``proto`` describes; the initializers ``inside`` have their data there in the file ``path``."""
+    folder = None if path is None else path.parent
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError(f"{where}: not an ONNX model: it has no graph")
     versions = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}
@@ -288,140 +343,44 @@ def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None, warning
         stripped.CopyFrom(proto)
         del stripped.training_info[:]
         proto = stripped
-    if not all(isinstance(text, str) for text in _texts(proto)):
+    if not all(isinstance(text, str) for text in protos.texts(proto)):
         raise ModelError(f"{where}: not a valid ONNX model: a name in it is not UTF-8 text")
-    _check_external(proto, where, folder)
-    proto = _densify(proto, where)
-    if not _has_external(proto):
-        _check(proto, where)
+    protos.check_external(proto, where, folder)
+    proto = protos.densify(proto, where)
+    protos.check(proto, where, inside)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # a malformed message raises many types
         raise ModelError(f"{where}: not a readable ONNX model: {error}") from error
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
+    for name, span in inside.items():
+        assert path is not None
+        model.graph.initializers[name].const_value = _in_file(model.graph.initializers[name], path, span, where)
     return model
 
 
-def _check(proto: onnx.ModelProto, where: str) -> None:
-    # The checker wants a rank for every input and output; exporters leave it out and ONNX Runtime does not mind.
-    values = (*proto.graph.input, *proto.graph.output)
-    unshaped = [v.type.tensor_type for v in values if _lacks_shape(v)]
-    for kind in unshaped:
-        kind.shape.SetInParent()
-    try:
-        onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{where}: not a valid ONNX model: {reason}") from error
-    except ValueError:
-        pass  # over 2 GiB: the checker takes only files of that size; ONNX Runtime will still judge it
-    finally:
-        for kind in unshaped:
-            kind.ClearField("shape")
-
-
-def _lacks_shape(value: onnx.ValueInfoProto) -> bool:
-    return value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
-
-
-def _texts(message: Any) -> Iterator[Any]:
-    """Every text field but the contents of tensors; protobuf gives bytes for one that is not UTF-8."""
-    for field, value in message.ListFields():
-        if field.type == field.TYPE_STRING:
-            yield from [value] if isinstance(value, str | bytes) else value
-        elif field.type == field.TYPE_MESSAGE:
-            for item in value if isinstance(value, Sequence) or hasattr(value, "append") else [value]:
-                if isinstance(item, onnx.TensorProto):
-                    yield item.name
-                else:
-                    yield from _texts(item)
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    stack: list[Any] = [proto.graph, *proto.functions]
-    while stack:
-        graph = stack.pop()
-        if isinstance(graph, onnx.GraphProto):
-            yield from graph.initializer
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    stack.append(attribute.g)
-                elif attribute.type == onnx.AttributeProto.GRAPHS:
-                    stack.extend(attribute.graphs)
-                elif attribute.type == onnx.AttributeProto.TENSOR:
-                    yield attribute.t
-                elif attribute.type == onnx.AttributeProto.TENSORS:
-                    yield from attribute.tensors
-
-
-def _has_external(proto: onnx.ModelProto) -> bool:
-    return any(t.data_location == onnx.TensorProto.EXTERNAL for t in _tensors(proto))
-
-
-def _check_external(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
-    sizes: dict[str, int] = {}
-    for tensor in _tensors(proto):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        info = {entry.key: entry.value for entry in tensor.external_data}
-        location = info.get("location", "")
-        if folder is None:
-            raise ModelError(f"{where}: weight {tensor.name!r} is in the external file {location!r}: give the path")
-        if location not in sizes:
-            file = (folder / location).resolve()
-            if not location or not file.is_relative_to(folder.resolve()):
-                raise ModelError(
-                    f"{where}: the external data of {tensor.name!r} is {location!r}, outside the folder of the model"
-                )
-            if not file.is_file():
-                raise ModelError(f"{where}: the external data file {location!r} of {tensor.name!r} does not exist")
-            sizes[location] = file.stat().st_size
-        try:
-            needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
-            offset, length = int(info.get("offset", 0)), int(info.get("length", needed))
-        except (ValueError, TypeError) as error:
-            raise ModelError(
-                f"{where}: the external data of {tensor.name!r} has a malformed type, offset or length"
-            ) from error
-        if offset < 0 or length != needed or min(tensor.dims, default=0) < 0:
-            raise ModelError(
-                f"{where}: the external data of {tensor.name!r} has {length} bytes from byte {offset}, its shape "
-                f"{list(tensor.dims)} needs {needed}"
-            )
-        if offset + length > sizes[location]:
-            raise ModelError(
-                f"{where}: the external data of {tensor.name!r} ends at byte {offset + length} of {location!r}, which "
-                f"has {sizes[location]}: the file is truncated"
-            )
-
-
-def _densify(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    graphs = [proto.graph]
-    for graph in graphs:
-        graphs.extend(a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)
-    if not any(graph.sparse_initializer for graph in graphs):
-        return proto
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    graphs = [copy.graph]
-    for graph in graphs:
-        graphs.extend(a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)
-        for sparse in graph.sparse_initializer:
-            try:
-                values = onnx.numpy_helper.to_array(sparse.values)
-                indices = onnx.numpy_helper.to_array(sparse.indices)
-                dense = np.zeros(tuple(sparse.dims), values.dtype)
-                if indices.ndim == 1:
-                    dense.reshape(-1)[indices] = values
-                else:
-                    dense[tuple(indices.T)] = values
-            except (ValueError, IndexError) as error:
-                raise ModelError(f"{where}: sparse initializer {sparse.values.name!r} is malformed: {error}") from error
-            graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
-        del graph.sparse_initializer[:]
-    return copy
+def _in_file(value: ir.Value, path: Path, span: wire.Span, where: str) -> ir.ExternalTensor:
+    """The tensor of an initializer whose raw data is ``span`` of the model file itself; nothing is read yet."""
+    declared = value.const_value
+    assert declared is not None
+    # No base_dir: the file was named by the user, whatever links lead to it.
+    tensor = ir.ExternalTensor(
+        str(path.resolve()),
+        offset=span.start,
+        length=span.end - span.start,
+        dtype=declared.dtype,
+        shape=ir.Shape(declared.shape.numpy()),
+        name=str(value.name),
+        doc_string=declared.doc_string,
+        base_dir="",
+    )
+    if tensor.nbytes != span.end - span.start:
+        raise ModelError(
+            f"{where}: initializer {value.name!r} has {span.end - span.start} bytes, its shape "
+            f"{list(tensor.shape.numpy())} needs {tensor.nbytes}"
+        )
+    return tensor
 
 
 def _sort_if_needed(model: ir.Model) -> None:
@@ -429,6 +388,29 @@ def _sort_if_needed(model: ir.Model) -> None:
         TopologicalSortPass()(model)
     except ValueError as error:
         raise ModelError(f"the graph has a cycle: {error}") from error
+
+
+def _pieces(model: ir.Model) -> list[wire.Piece]:
+    """What a file of ``model`` with its weights inside is made of."""
+    clone = model.clone()
+    weights: dict[str, ir.TensorProtocol] = {}
+    for name, value in clone.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype is ir.DataType.STRING:
+            continue
+        if tensor.nbytes < wire.LARGE and not isinstance(tensor, ir.ExternalTensor):
+            continue
+        weights[name] = tensor
+        value.const_value = ir.ExternalTensor(
+            "",
+            0,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+            doc_string=tensor.doc_string,
+        )
+    return wire.pieces(_lean(ir.to_proto(clone)), weights)
 
 
 def _inline_proto(model: ir.Model) -> onnx.ModelProto:
@@ -450,9 +432,9 @@ def _lean(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: list[wire.Piece]) -> None:
     with path.open("wb") as file:
-        file.write(content)
+        wire.write(content, file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -478,11 +460,11 @@ def _write_external(model: ir.Model, draft: Path, folder: Path) -> set[Path]:
             digest.update(chunk)
     name = f"{draft.name}.{digest.hexdigest()[:12]}.data"
     proto = _lean(onnx.load(draft, load_external_data=False))
-    for tensor in _tensors(proto):
+    for tensor in protos.tensors(proto):
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = name
-    _write(draft, proto.SerializeToString(deterministic=True))
+    _write(draft, [proto.SerializeToString(deterministic=True)])
     _sync(weights)
     shutil.move(weights, folder / name)
     return {folder / name}

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,32 @@ PROVIDERS = {
 }
 # Above this many bytes of weights a session reads them from disk, so that no serialized copy sits in memory.
 IN_MEMORY = 256_000_000
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Runner:
-    """A session together with the names it takes and gives: ``runner(feeds) -> {output: array}``."""
+    """A session together with the names it takes and gives: ``runner(feeds) -> {output: array}``.
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session = session
+    ``again`` makes the session anew; with it, `rest` gives the memory of the session back until the next call.
+    """
+
+    def __init__(self, session: ort.InferenceSession, again: Callable[[], ort.InferenceSession] | None = None) -> None:
+        self._session: ort.InferenceSession | None = session
+        self._again = again
         self.inputs = [i.name for i in session.get_inputs()]
         self.outputs = [o.name for o in session.get_outputs()]
+
+    @property
+    def session(self) -> ort.InferenceSession:
+        if self._session is None:
+            assert self._again is not None
+            self._session = self._again()
+        return self._session
+
+    def rest(self) -> None:
+        """Drop the session where it can be made anew."""
+        if self._again is not None:
+            self._session = None
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
         results = self.session.run(None, {name: feeds[name] for name in self.inputs})
@@ -84,21 +101,44 @@ def load(
     if chosen is None:
         chosen = options(threads=threads, optimize=optimize, optimized_path=optimized_path)
     with contextlib.ExitStack() as stack:
-        content: bytes | str
-        if isinstance(source, bytes):
-            content, name = source, "the given bytes"
-        elif not isinstance(source, ir.Model):
-            content, name = os.fspath(source), os.fspath(source)
-            if not Path(content).is_file():
-                raise ModelError(f"{name}: no such file")
-        elif model_io.weight_bytes(source) < IN_MEMORY:
-            content, name = model_io.to_bytes(source), source.graph.name or "the model"
-        else:
-            content, name = str(stack.enter_context(model_io.on_disk(source))), source.graph.name or "the model"
+        content, name, lasting = _content(source, chosen, stack, whole=optimized_path is not None)
+
+        def again() -> ort.InferenceSession:
+            return ort.InferenceSession(content, chosen, providers=providers)
+
         try:
-            return Runner(ort.InferenceSession(content, chosen, providers=providers))
+            return Runner(again(), again if lasting else None)
         except Exception as error:  # the binding raises a dozen unrelated types
             raise ModelError(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+
+
+def _content(
+    source: ir.Model | bytes | str | os.PathLike[str],
+    chosen: ort.SessionOptions,
+    stack: contextlib.ExitStack,
+    *,
+    whole: bool,
+) -> tuple[bytes | str, str, bool]:
+    """What a session is made of, a name for messages, and whether it can be made of that again at no cost in memory.
+
+    Weights that lie in files are left there, unless the result must be ``whole``.
+    """
+    if isinstance(source, bytes):
+        return source, "the given bytes", True
+    if not isinstance(source, ir.Model):
+        path = os.fspath(source)
+        if not Path(path).is_file():
+            raise ModelError(f"{path}: no such file")
+        return path, path, True
+    name = source.graph.name or "the model"
+    referring = None if whole else model_io.by_reference(source)
+    if referring is not None:
+        content, folder = referring
+        chosen.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+        return content, name, True
+    if model_io.weight_bytes(source) < IN_MEMORY:
+        return model_io.to_bytes(source), name, False
+    return str(stack.enter_context(model_io.on_disk(source))), name, False
 
 
 def run(runner: Runner, feeds: Mapping[str, np.ndarray], where: str = "the model") -> dict[str, Any]:

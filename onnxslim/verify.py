@@ -149,6 +149,14 @@ class Reference:
         for k, sample in enumerate(self.data):
             yield sample, self._outputs(k, sample)
 
+    def settle(self) -> bool:
+        """Compute the outputs now; False when they are too large to be kept, and the model will have to run again."""
+        for k, sample in enumerate(self.data):
+            self._outputs(k, sample)
+            if k not in self._kept:
+                return False
+        return True
+
     def _outputs(self, k: int, sample: Sample) -> dict[str, Any]:
         if k in self._kept:
             return self._kept[k]
