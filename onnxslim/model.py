@@ -134,8 +134,8 @@ def size(source: Any, model: ir.Model) -> int:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         tensors = (v.const_value for v in model.graph.initializers.values())
-        data = {t.path for t in tensors if isinstance(t, ir.ExternalTensor)}
-        return path.stat().st_size + sum(Path(file).stat().st_size for file in data)
+        files = {path.resolve(), *(Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor))}
+        return sum(file.stat().st_size for file in files)
     if isinstance(source, bytes | bytearray | memoryview):
         return len(source)
     if isinstance(source, onnx.ModelProto):
