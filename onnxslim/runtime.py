@@ -1,13 +1,12 @@
-"""ONNX Runtime: sessions, forward passes and latency. The only file that imports it."""
+"""ONNX Runtime in this process: sessions, forward passes and latency. Only this file and `worker` import it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
+import random
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxslim import model as model_io
+from onnxslim import timing, worker
+from onnxslim.eps import PACKAGES, Ep
+from onnxslim.eps import PROVIDERS as PROVIDERS
 from onnxslim.errors import ModelError, UsageError
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-}
 # Above this many bytes of weights a session reads them from disk, so that no serialized copy sits in memory.
 IN_MEMORY = 256_000_000
 
@@ -41,11 +38,16 @@ class Runner:
 
 
 def options(*, threads: int = 0, optimize: bool = True, optimized_path: str | None = None) -> ort.SessionOptions:
-    """Session options: quiet, ``threads`` intra-operator threads (0: the runtime's choice)."""
+    """Session options: quiet, ``threads`` intra-operator threads (0: the runtime's choice) that do not spin when idle.
+
+    Threads that spin would take the cores from the next session, from the arithmetic between two passes, and from
+    every other process; latencies measured in turn are then mostly noise.
+    """
     chosen = ort.SessionOptions()
     chosen.log_severity_level = 4
     chosen.intra_op_num_threads = threads
     chosen.inter_op_num_threads = 1
+    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
     level = ort.GraphOptimizationLevel
     chosen.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if optimized_path is not None:
@@ -77,8 +79,8 @@ def load(
         raise UsageError(f"unknown execution provider {ep!r}: give one of {', '.join(PROVIDERS)}")
     if not available(ep):
         raise UsageError(
-            f"the installed onnxruntime has no {PROVIDERS[ep]}: install "
-            f"{'onnxruntime-gpu' if ep == 'cuda' else 'onnxruntime-openvino'} in an environment of its own"
+            f"the installed onnxruntime has no {PROVIDERS[ep]}: {' '.join(PACKAGES[ep])} brings it, in an environment "
+            f"of its own: {Ep(ep).install_line()}"
         )
     providers = [PROVIDERS[ep]]
     if chosen is None:
@@ -148,32 +150,10 @@ def tap(
     from onnxslim.graph import remove_dead
 
     remove_dead(clone.graph)
-    chosen = options(threads=threads, optimize=optimize)
-    # Idle threads that spin would take the cores from the arithmetic done on the values between two passes.
-    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    runner = load(clone, chosen=chosen)
+    runner = load(clone, threads=threads, optimize=optimize)
     for feed in feeds:
         results = run(runner, feed)
         yield {name: results[name] if name in results else np.asarray(feed[name]) for name in wanted}
-
-
-@dataclasses.dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one forward pass: median, 10th and 90th percentile, number of runs."""
-
-    median: float
-    p10: float
-    p90: float
-    runs: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Latencies of several models measured in turn, and each one's speed over the first with a 95 % interval."""
-
-    latency: list[Latency]
-    speedup: list[float]
-    interval: list[tuple[float, float]]
 
 
 def compare_latency(
@@ -184,41 +164,56 @@ def compare_latency(
     min_rounds: int = 5,
     max_rounds: int = 400,
     seed: int = 0,
-) -> Comparison:
-    """Measure ``runners`` in turn, one pass each per round, until ``seconds`` have passed.
+) -> timing.Comparison:
+    """Measure the sessions ``runners`` in turn, one pass each per round, until ``seconds`` have passed.
 
-    Interleaving makes the *ratios* hold on a machine whose speed drifts: each round compares passes that ran within
-    the same instant, in an order drawn anew. The speed-up is the median over rounds of first / other, its interval a
-    bootstrap over rounds. ``feeds[i]`` are the samples of runner i, used cyclically.
+    The interval is that of these sessions: another session of the same file may lie outside it; see `compare_models`.
+    ``feeds[i]`` are the samples of runner i, used cyclically.
     """
-    rng = np.random.default_rng(seed)
-    for runner, samples in zip(runners, feeds, strict=True):
-        for _ in range(3):
-            runner(samples[0])
-    rounds: list[list[float]] = []
-    stop = time.perf_counter() + seconds
-    while len(rounds) < min_rounds or (time.perf_counter() < stop and len(rounds) < max_rounds):
-        k = len(rounds)
-        row = [0.0] * len(runners)
-        for i in rng.permutation(len(runners)):
-            sample = feeds[i][k % len(feeds[i])]
-            start = time.perf_counter()
-            runners[i](sample)
-            row[i] = 1e3 * (time.perf_counter() - start)
-        rounds.append(row)
-    table = np.array(rounds)
-    ratios = table[:, :1] / table
-    draws = rng.integers(0, len(table), (500, len(table)))
-    medians = np.median(ratios[draws], axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5], axis=0)
-    return Comparison(
-        [
-            Latency(float(np.median(c)), float(np.percentile(c, 10)), float(np.percentile(c, 90)), len(c))
-            for c in table.T
-        ],
-        [float(r) for r in np.median(ratios, axis=0)],
-        [(float(a), float(b)) for a, b in zip(low, high, strict=True)],
-    )
+    calls = [_call(runner, samples) for runner, samples in zip(runners, feeds, strict=True)]
+    for call in calls:
+        worker.warm_up(call)
+    rounds, _ = worker.interleave(calls, seconds, random.Random(seed), least=min_rounds, most=max_rounds)
+    return timing.compare([np.array(rounds)], seed=seed)
+
+
+def compare_models(
+    sources: Sequence[ir.Model | bytes | str | os.PathLike[str]],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    ep: str = "cpu",
+    threads: int = 0,
+    seconds: float = 3.0,
+    seed: int = 0,
+) -> timing.Comparison:
+    """Measure models in turn on the same samples, in blocks of new sessions (see `onnxslim.timing`)."""
+    rng = random.Random(seed)
+    with contextlib.ExitStack() as stack:
+        kept = [_serialized(source, stack) for source in sources]
+
+        def maker(source: bytes | str | os.PathLike[str]) -> Callable[[], Callable[[int], Any]]:
+            return lambda: _call(load(source, ep=ep, threads=threads), feeds)
+
+        makers = [maker(source) for source in kept]
+        single = [threads == 1 and ep == "cpu"] * len(makers)
+        first = worker.block(makers, 0.0, rng)
+        count = timing.plan_blocks((sum(first["load_ms"]) + sum(first["first_ms"])) / 1e3, seconds)
+        blocks = [worker.block(makers, seconds / count, rng, single=single)["rounds"] for _ in range(count)]
+    return timing.compare([np.array(b) for b in blocks], seed=seed)
+
+
+def _call(runner: Runner, feeds: Sequence[Mapping[str, np.ndarray]]) -> Callable[[int], Any]:
+    return lambda k: runner(feeds[k % len(feeds)])
+
+
+def _serialized(
+    source: ir.Model | bytes | str | os.PathLike[str], stack: contextlib.ExitStack
+) -> bytes | str | os.PathLike[str]:
+    """A model in the form that loads without being written again each time."""
+    if not isinstance(source, ir.Model):
+        return source
+    small = model_io.weight_bytes(source) < IN_MEMORY
+    return model_io.to_bytes(source) if small else str(stack.enter_context(model_io.on_disk(source)))
 
 
 def profile(
