@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxslim import cost, doctor, metrics, pipeline, repro, runtime, verify
+from onnxslim import cost, doctor, metrics, pipeline, repro, runtime, timing, verify
 from onnxslim import data as data_io
 from onnxslim import model as model_io
 from onnxslim.checks import Budget, Checks, check_samples, generated
@@ -194,8 +194,8 @@ def _as_given(source: Any, loaded: ir.Model) -> ir.Model | str | bytes:
 class _Speed:
     """Latency of a model and of the original, and the ratio of the two with its interval."""
 
-    original: runtime.Latency
-    latency: runtime.Latency
+    original: timing.Latency
+    latency: timing.Latency
     speedup: float
     interval: tuple[float, float]
 
@@ -312,22 +312,17 @@ class _Run:
         return next(p for p in chosen if str(p) == kept[worst][0]), steps[worst]
 
     def _compare(self, models: Sequence[ir.Model], ep: str = "cpu") -> list[_Speed]:
-        """Latency of each of ``models`` beside the original's, interleaved, in sessions of their own.
-
-        Two sessions of one file differ by more than the rounds of a session do (where memory came to lie). The
-        original therefore runs twice, and every interval is wider by how much its two sessions differ.
-        """
-        source = _as_given(self.source, self.original)
+        """Latency of each of ``models`` beside the original's, measured in turn."""
         model_io.forget_weights(models[-1])
-        runners = [runtime.load(m, ep=ep, threads=self.ctx.threads) for m in (source, source, *models)]
-        timed = self.samples.judging.spread(_TIMED)
-        feeds = [list(timed.feeds())] * len(runners)
-        compared = runtime.compare_latency(runners, feeds, seconds=self.bench_seconds, seed=self.ctx.seed)
-        noise = abs(1 - compared.speedup[1])
+        sources = [_as_given(self.source, self.original), *models]
+        feeds = list(self.samples.judging.spread(_TIMED).feeds())
+        compared = runtime.compare_models(
+            sources, feeds, ep=ep, threads=self.ctx.threads, seconds=self.bench_seconds, seed=self.ctx.seed
+        )
         return [
-            _Speed(compared.latency[0], latency, speedup, (low - noise, high + noise))
-            for latency, speedup, (low, high) in zip(
-                compared.latency[2:], compared.speedup[2:], compared.interval[2:], strict=True
+            _Speed(compared.latency[0], latency, speedup, interval)
+            for latency, speedup, interval in zip(
+                compared.latency[1:], compared.speedup[1:], compared.interval[1:], strict=True
             )
         ]
 

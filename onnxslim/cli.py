@@ -6,8 +6,10 @@ nothing was written; 123 a defect of onnxslim, and a folder ``repro`` holds what
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,26 +170,69 @@ def _check_target(source: Path, target: Path, json_to: str | None) -> None:
             raise UsageError(f"{path}: the folder {path.parent} does not exist")
 
 
-def _show(json_text: str, table: Any, json_to: str | None) -> None:
-    if json_to == "-":
-        click.echo(json_text)
-        return
-    if json_to is not None:
-        Path(json_to).write_text(json_text + "\n")
+def _show(json_text: str, table: Any, json_to: str | None, sheets: Any = (), outputs: _Outputs | None = None) -> None:
+    """Each view where it was asked for; what goes to a file leaves the table on stdout."""
+    from onnxslim import sheet
+
+    wanted: list[tuple[str | None, Callable[[], str]]] = [(json_to, lambda: json_text + "\n")]
+    if outputs is not None:
+        wanted += [
+            (outputs.csv, lambda: sheet.csv_text(sheets)),
+            (outputs.markdown, lambda: sheet.markdown_text(sheets)),
+        ]
+    if sum(place == "-" for place, _ in wanted) > 1:
+        raise UsageError("--json, --csv and --markdown: only one of them can go to stdout; give the others a file")
+    for place, text in wanted:
+        if place is not None and place != "-":
+            Path(place).write_text(text())
+    for place, text in wanted:
+        if place == "-":
+            click.echo(text(), nl=False)
+            return
     out().print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    """Where CSV and Markdown go: ``-`` for stdout, a file, or None."""
+
+    csv: str | None
+    markdown: str | None
+
+
+def _views(command: Any) -> Any:
+    """The options ``--json``, ``--csv`` and ``--markdown``."""
+    for name, what in (("markdown", "Markdown"), ("csv", "CSV")):
+        command = click.option(
+            f"--{name}",
+            f"{name}_to",
+            is_flag=False,
+            flag_value="-",
+            metavar="[FILE]",
+            help=f"{what} to stdout, or to FILE.",
+        )(command)
+    return _JSON(command)
 
 
 @cli.command()
 @click.argument("model", type=_FILE)
-@click.option("--nodes", is_flag=True, help="One row per node instead of per operator.")
+@click.option("--nodes", is_flag=True, help="One row per node instead of per operator, the dearest first.")
 @_SHAPE
-@_JSON
-def inspect(model: Path, nodes: bool, shapes: dict[str, list[int]], json_to: str | None) -> None:
-    """Inputs, outputs, parameters, MACs and bytes of a model."""
-    from onnxslim import pages
+@_views
+def inspect(
+    model: Path,
+    nodes: bool,
+    shapes: dict[str, list[int]],
+    json_to: str | None,
+    csv_to: str | None,
+    markdown_to: str | None,
+) -> None:
+    """Inputs, outputs, parameters, MACs, bytes and activations of a model."""
+    from onnxslim import inspection, pages
 
-    facts = pages.inspect(model, shapes)
-    _show(pages.to_json(facts), pages.inspect_table(facts, nodes), json_to)
+    facts = inspection.inspect(model, shapes)
+    outputs = _Outputs(csv_to, markdown_to)
+    _show(pages.to_json(facts), inspection.table(facts, nodes), json_to, inspection.sheets(facts, nodes), outputs)
 
 
 @cli.command()
@@ -196,60 +241,110 @@ def inspect(model: Path, nodes: bool, shapes: dict[str, list[int]], json_to: str
 @click.option("--data", metavar="DATA", help="Samples, as for --calib; without them inputs are generated.")
 @click.option("--metric", metavar="NAME", help="Measure a metric of both as well.")
 @click.option("--max-error", type=click.FloatRange(min=0), help="Exit with 1 if the relative L2 error is larger.")
+@click.option("--layers", "by_layer", is_flag=True, help="Compare layer by layer too: where does the error come in?")
 @_SHAPE
 @_THREADS
 @_SEED
-@_JSON
+@_views
 def compare(
     original: Path,
     other: Path,
     data: str | None,
     metric: str | None,
     max_error: float | None,
+    by_layer: bool,
     shapes: dict[str, list[int]],
     threads: int,
     seed: int,
     json_to: str | None,
+    csv_to: str | None,
+    markdown_to: str | None,
 ) -> int:
     """How far the outputs of OTHER are from those of ORIGINAL."""
-    from onnxslim import pages
+    from onnxslim import comparison, pages
     from onnxslim.console import Bars
 
-    facts = pages.compare(original, other, data, metric, shapes, threads=threads, seed=seed, progress=Bars())
-    _show(pages.to_json(facts), pages.compare_table(facts), json_to)
+    facts = comparison.compare(
+        original, other, data, metric, shapes, threads=threads, seed=seed, progress=Bars(), by_layer=by_layer
+    )
+    outputs = _Outputs(csv_to, markdown_to)
+    _show(pages.to_json(facts), comparison.table(facts), json_to, comparison.sheets(facts), outputs)
     for line in facts["warnings"]:
         message(f"onnxslim: {line}")
     too_far = max_error is not None and facts["fidelity"]["relative_l2"] > max_error
     return int(too_far or bool(facts["warnings"]))
 
 
+def _numbers(least: int) -> Any:
+    def read(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int]:
+        try:
+            found = [int(word) for word in text.split(",")] if text else []
+        except ValueError:
+            found = [least - 1]
+        if any(number < least for number in found) or len(set(found)) < len(found):
+            raise click.BadParameter(f"{text!r}: give different numbers of at least {least}, as 1,2,4", ctx, parameter)
+        return found
+
+    return read
+
+
 @cli.command()
 @click.argument("models", nargs=-1, required=True, type=_FILE)
 @click.option(
-    "--ep", default="cpu", metavar="LIST", help="Execution providers: cpu, cuda, openvino.", show_default=True
-)
+    "--ep", default="cpu", metavar="LIST", show_default=True,
+    help="Execution providers, as 'cpu,openvino@/path/to/python,cuda(graph=true)'.",
+)  # fmt: skip
 @click.option("--data", metavar="DATA", help="Samples, as for --calib; without them inputs are generated.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, help="How long to measure.", show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True,
+    help="How long to measure on each provider, loading and warming up apart.",
+)  # fmt: skip
+@click.option("--threads", default="0", callback=_numbers(0), metavar="N,...", help="Threads; 0: the runtime's choice.")
+@click.option(
+    "--batch", "batches", callback=_numbers(1), metavar="N,...", help="Batch sizes, where axis 0 is symbolic."
+)
+@click.option("--profile", is_flag=True, help="Also which kernels run, how long, and on which element types.")
 @_SHAPE
-@_THREADS
 @_SEED
-@_JSON
+@_views
 def bench(
     models: tuple[Path, ...],
     ep: str,
     data: str | None,
     seconds: float,
+    threads: list[int],
+    batches: list[int],
+    profile: bool,
     shapes: dict[str, list[int]],
-    threads: int,
     seed: int,
     json_to: str | None,
-) -> None:
-    """Latency of models, measured in turn, and their speed over the first."""
-    from onnxslim import pages
+    csv_to: str | None,
+    markdown_to: str | None,
+) -> int:
+    """Latency of models, measured in turn, and their speed over the first.
 
-    eps = [name.strip() for name in ep.split(",")]
-    facts = pages.bench(models, eps, data, shapes, seconds=seconds, threads=threads, seed=seed)
-    _show(pages.to_json(facts), pages.bench_table(facts), json_to)
+    'bench compare OLD.json NEW.json' compares two results kept with --json. Exit code 1: something asked for could not
+    be measured.
+    """
+    from onnxslim import bench as measuring
+    from onnxslim import pages
+    from onnxslim.console import Bars
+
+    outputs = _Outputs(csv_to, markdown_to)
+    if str(models[0]) == "compare" and not models[0].exists():
+        from onnxslim import bench_runs
+
+        facts = bench_runs.compare(models[1:])
+        _show(pages.to_json(facts), bench_runs.table(facts), json_to, bench_runs.sheets(facts), outputs)
+        return int(facts["slower"] > 0)
+    facts = measuring.run(
+        models, ep, data, shapes, seconds=seconds, threads=threads, batches=batches, seed=seed, profile=profile,
+        progress=Bars(),
+    )  # fmt: skip
+    _show(pages.to_json(facts), measuring.table(facts), json_to, measuring.sheets(facts), outputs)
+    for entry in facts["missing"]:
+        message(f"onnxslim: {entry['reason']}")
+    return int(bool(facts["missing"]))
 
 
 @cli.command()
@@ -262,11 +357,14 @@ def passes(name: str | None) -> None:
 
 
 @cli.command()
+@click.option("--setup", metavar="EP", help="First make an environment with this execution provider, for bench --ep.")
 @_JSON
-def doctor(json_to: str | None) -> None:
-    """What is installed, which execution providers run a model here, and what the CPU can do."""
-    from onnxslim import pages
+def doctor(setup: str | None, json_to: str | None) -> None:
+    """What is installed, which execution providers run a model, and what the CPU can do."""
+    from onnxslim import eps, pages
 
+    if setup is not None:
+        message(f"onnxslim: {setup} is in {eps.prepare(setup)}")
     facts = pages.doctor()
     _show(pages.to_json(facts), pages.doctor_table(facts), json_to)
 
