@@ -90,6 +90,7 @@ _JSON = click.option(
     "--json", "json_to", is_flag=False, flag_value="-", metavar="[FILE]", help="JSON to stdout, or to FILE."
 )
 _FILE = click.Path(path_type=Path)
+_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 @cli.command(DEFAULT, hidden=True)
@@ -371,6 +372,7 @@ def doctor(setup: str | None, json_to: str | None) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    _return_memory()
     try:
         code = cli.main(args, prog_name="onnxslim", standalone_mode=False)
     except click.ClickException as error:
@@ -388,6 +390,20 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:  # whatever else escapes is a defect
         sys.exit(_internal(error, sys.argv[1:] if args is None else args))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _return_memory() -> None:
+    """Have weights that are freed go back to the system.
+
+    By default the C library of Linux stops doing that for blocks as large as those it has seen freed once, and the
+    memory of a session that is gone stays with the process.
+    """
+    import ctypes
+
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            library.mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _internal(error: Exception, args: list[str]) -> int:

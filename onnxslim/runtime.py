@@ -7,6 +7,7 @@ import dataclasses
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from onnxslim.errors import ModelError, UsageError
 
 # Above this many bytes of weights a session reads them from disk, so that no serialized copy sits in memory.
 IN_MEMORY = 256_000_000
+_FEWEST_BLOCKS, _MOST_BLOCKS = 4, 12
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -235,7 +237,10 @@ def compare_models(
     seconds: float = 3.0,
     seed: int = 0,
 ) -> timing.Comparison:
-    """Measure models in turn on the same samples, in blocks of new sessions (see `onnxslim.timing`)."""
+    """Measure models in turn on the same samples, in blocks of new sessions (see `onnxslim.timing`).
+
+    ``seconds`` count the making of the sessions too; but there are at least four blocks, of eight rounds each.
+    """
     rng = random.Random(seed)
     with contextlib.ExitStack() as stack:
 
@@ -244,9 +249,12 @@ def compare_models(
 
         makers = [maker(_content(source, stack)) for source in sources]
         single = [threads == 1 and ep == "cpu"] * len(makers)
-        first = worker.block(makers, 0.0, rng)
-        count = timing.plan_blocks((sum(first["load_ms"]) + sum(first["first_ms"])) / 1e3, seconds)
-        blocks = [worker.block(makers, seconds / count, rng, single=single)["rounds"] for _ in range(count)]
+        start = time.perf_counter()
+        blocks = [worker.block(makers, 0.0, rng, single=single)["rounds"]]
+        cost = time.perf_counter() - start
+        count = min(max(int(seconds / cost), _FEWEST_BLOCKS), _MOST_BLOCKS)
+        rest = max(seconds / count - cost, 0.0)
+        blocks += [worker.block(makers, rest, rng, single=single)["rounds"] for _ in range(count - 1)]
     return timing.compare([np.array(b) for b in blocks], seed=seed)
 
 

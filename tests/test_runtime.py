@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from onnxslim import model as model_io
@@ -140,14 +141,17 @@ def test_latency_uses_every_sample_and_ends_in_time(clock: _Clock) -> None:
     assert len(runner.seen) <= 10 + 24
 
 
-def test_models_are_compared_in_new_sessions(proto: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = []
-    load = runtime.load
-    monkeypatch.setattr(runtime, "load", lambda source, **options: loaded.append(source) or load(source, **options))
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_models_are_compared_in_new_sessions(
+    proto: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    made = []
+    session = ort.InferenceSession
+    monkeypatch.setattr(ort, "InferenceSession", lambda *args, **more: made.append(args) or session(*args, **more))
     model = model_io.load(proto)
-    compared = runtime.compare_models([model, model_io.to_bytes(model)], [{"x": X}], threads=1, seconds=0.2)
-    assert len(loaded) == 2 * (compared.blocks + 1)
-    assert compared.blocks >= 5
+    compared = runtime.compare_models([model, model_io.to_bytes(model)], [{"x": X}], threads=1, seconds=seconds)
+    assert len(made) == 2 * compared.blocks
+    assert compared.blocks == 4 if seconds == 0 else 4 < compared.blocks <= 12
     assert compared.interval[0] == (1.0, 1.0)
 
 
