@@ -95,6 +95,23 @@ class Shapes:
             fact = (facts[k] if k < len(facts) else None) or NOTHING
             self._facts[value] = self._checked(value, fact)
 
+    def declare(self) -> None:
+        """Write the shapes found into the values computed by nodes, for whoever reads them there.
+
+        Numbers and named dimensions are written; where a size is neither, what was declared stays.
+        """
+        kept = set(self._top.outputs)
+        for value, fact in self._facts.items():
+            if fact.shape is None or value in kept or not isinstance(value.type, ir.TensorType):
+                continue
+            old = value.shape
+            if value.producer() is None:
+                continue
+            before = list(old) if old is not None and len(old) == len(fact.shape) else [None] * len(fact.shape)
+            sizes = [_plain(dim, was) for dim, was in zip(fact.shape, before, strict=True)]
+            if old is None or list(old) != sizes:
+                value.shape = ir.Shape(sizes)
+
     def _visit_graph(self, graph: ir.Graph) -> None:
         for node in graph:
             for inner in subgraphs(node):
@@ -216,6 +233,11 @@ def _declared(value: ir.Value, *, trusted: bool) -> Fact:
         else:
             result.append(symbolic.unknown(0))
     return Fact(tuple(result))
+
+
+def _plain(dim: Dim, declared: int | ir.SymbolicDim | None) -> int | str | ir.SymbolicDim | None:
+    """A size as a file can say it."""
+    return dim if isinstance(dim, int) else symbolic.name_of(dim) or declared
 
 
 def _from_proto(type_proto: Any, names: dict[str, Dim]) -> Fact | None:

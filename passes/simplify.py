@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim.axes import merge_movements
 from onnxslim.branches import inline_constant_if
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.folding import fold_constants
@@ -49,6 +50,7 @@ class Simplify(Pass):
         for _ in range(MAX_SWEEPS):
             if not run.sweep():
                 break
+        run.shapes.declare()  # for the passes that follow
         return Outcome({k: v for k, v in run.stats.items() if v}, run.skipped)
 
 
@@ -60,6 +62,7 @@ class _Run:
         self.stats: Counter[str] = Counter()
         self.skipped: list[Skip] = []
         self.failed: dict[str, Skip] = {}
+        self.shapes = Shapes(model)
 
     def sweep(self) -> int:
         """Apply every mechanism once; returns the number of changes."""
@@ -69,7 +72,7 @@ class _Run:
         self.stats["initializers_shared"] += initializers
         self.stats["bytes_shared"] += saved
         self.stats["merged"] += merge_equal_nodes(self.model)
-        shapes = Shapes(self.model)
+        self.shapes = shapes = Shapes(self.model)
         self._rewrite(self.model.graph, shapes, ChainMap())
         folding = fold_constants(self.model, shapes, self.failed)
         self.stats["folded"] += folding.nodes
@@ -103,6 +106,7 @@ class _Run:
             self.stats["views_merged"] += merge_views(node, shapes, self.model.graph)
             self.stats["casts_merged"] += merge_casts(node)
             self.stats["pairs_merged"] += merge_pair(node, shapes, self.model.graph)
+            self.stats["movements_merged"] += merge_movements(node, shapes, self.model.graph)
 
     def _compute(self, value: ir.Value, shapes: Shapes, equal: ChainMap[Hashable, ir.Value]) -> None:
         """Replace a value whose content is known by a constant, or by an earlier value with the same content."""
