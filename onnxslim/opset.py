@@ -5,6 +5,7 @@ models. Between opsets 7 and 20 few operators changed in more than the types the
 
 * attributes that became inputs: all other reductions (18); Squeeze, Unsqueeze, ReduceSum, Split (13); Clip, Pad (11);
   TopK, Slice (10);
+* DFT takes its axis as an input (20);
 * Split into equal parts states their number (18); GridSample renamed its modes (20); RoiAlign has another default (16);
 * Softmax, LogSoftmax, Hardmax: to 12 they flatten the tensor at ``axis`` (default 1) and normalize over the rest, from
   13 over ``axis`` alone (default -1);
@@ -155,6 +156,13 @@ def _grid_sample(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
         g.set_attribute(node, "mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
 
 
+def _dft(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < 20 <= new:
+        axis = g.attribute(node, "axis", 1)
+        node.attributes.pop("axis", None)
+        _set_input(model, node, 2, np.array(axis, np.int64), "axis")
+
+
 def _roi_align(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
     if since < 16 <= new:
         g.set_attribute(node, "coordinate_transformation_mode", "output_half_pixel")
@@ -285,6 +293,7 @@ _RULES: dict[str, Callable[[ir.Model, ir.Node, int, int], None]] = {
     ),
     "GridSample": _grid_sample,
     "RoiAlign": _roi_align,
+    "DFT": _dft,
     "Split": _split,
     "Clip": _clip,
     "Pad": _pad,

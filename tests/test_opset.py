@@ -143,6 +143,8 @@ NEWER: dict[str, ir.Model] = {
     "roi-align": _model(
         "RoiAlign", 10, {"rois": np.float32([[0, 0, 2, 3], [0.4, 1, 3, 3]]), "which": _i(0, 1)}, output_height=2
     ),
+    "dft": _model("DFT", 17, x=X[..., :1].copy()),
+    "dft-axis": _model("DFT", 17, x=X[..., :1].copy(), axis=2, onesided=1),
     "pad": _model("Pad", 13, {"pads": _i(0, 0, 1, 0, 0, 0, 2, 1)}),
     "softmax": _model("Softmax", 11, axis=2, symbolic=True),
     "average-pool": _model("AveragePool", 11, kernel_shape=[2, 3], pads=[1, 1, 0, 1]),

@@ -17,6 +17,7 @@ from onnxslim.passes.fuse.functions import fuse_functions
 from onnxslim.passes.fuse.norms import fuse_norms
 from onnxslim.passes.fuse.shifts import fuse_shifts
 from onnxslim.passes.fuse.work import Work
+from onnxslim.sharing import deduplicate_initializers
 
 RULES: Sequence[Callable[[Work], None]] = (fuse_norms, fuse_functions)
 
@@ -91,4 +92,5 @@ def _fuse(model: ir.Model, newest: int, ctx: Context | None) -> Work:
     if ctx is not None:
         fuse_shifts(work, ctx)
     g.remove_dead(model.graph, start=[])
+    deduplicate_initializers(model)
     return work

@@ -21,6 +21,8 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 # Larger numbers are cut: products of two of them stay finite.
 _HUGE = 1e150
+# Proofs that take more cells than this are given up.
+MOST_CELLS = 1 << 17
 _ERF = np.frompyfunc(math.erf, 1, 1)
 
 
@@ -57,7 +59,17 @@ class Jet:
     def constant(self, value: float) -> Jet:
         """A constant, rounded to the floating-point type."""
         c = np.full_like(self.mid, value)
-        return Jet(c, self.eps * np.abs(c), c, c, 0 * c, 0 * c, self.eps, np.zeros_like(self.lost), self.most)
+        return Jet(
+            c,
+            self.eps * np.abs(c) if math.isfinite(value) else 0 * self.mid,
+            c,
+            c,
+            0 * c,
+            0 * c,
+            self.eps,
+            np.zeros_like(self.lost),
+            self.most,
+        )
 
     def _of(self, mid: Array, err: Array, low: Array, high: Array, slopes: tuple[Array, Array], lost: Any) -> Jet:
         far = (np.minimum(np.abs(low), np.abs(high)) > self.most) & (np.sign(low) == np.sign(high))
@@ -245,7 +257,7 @@ def agree(f: Function, g: Function, *, eps: float, most: float, slack: float = 4
             return True
         # A cell without room for another number in it is as good as its middle.
         left &= (high - low) > 1e-12 * np.maximum(np.abs(low), np.abs(high))
-        if not left.any() or left.sum() > 1_000_000:
+        if not left.any() or left.sum() > MOST_CELLS:
             return False
         low, high = low[left], high[left]
         middle = (low + high) / 2

@@ -82,5 +82,10 @@ def test_what_overflows_has_no_value_to_agree_with() -> None:
     assert not agree(naive, lambda x: iv.softplus(x).minimum(x.constant(80.0)))
 
 
+def test_infinite_constants() -> None:
+    assert agree(lambda x: x.maximum(x.constant(-np.inf)), lambda x: x)
+    assert not agree(lambda x: x.maximum(x.constant(-np.inf)), ar.relu)
+
+
 def test_nothing_is_known_around_a_pole() -> None:
     assert not agree(lambda x: x.reciprocal() * x, lambda x: x.constant(1.0))
