@@ -1,9 +1,12 @@
 """Raises a model to a newer version of the standard operator set, in place, without touching anything else.
 
 `onnx.version_converter` works on a serialized copy: it drops metadata, needs the weights in memory, and refuses Q/DQ
-models. Between opsets 7 and 13 few operators changed in more than the types they accept; each change is a rule here:
+models. Between opsets 7 and 20 few operators changed in more than the types they accept; each change is a rule here:
 
-* attributes that became inputs: Squeeze, Unsqueeze, ReduceSum, Split (13); Clip, Pad (11); TopK, Slice (10);
+* attributes that became inputs: all other reductions (18); Squeeze, Unsqueeze, ReduceSum, Split (13); Clip, Pad (11);
+  TopK, Slice (10);
+* DFT takes its axis as an input (20);
+* Split into equal parts states their number (18); GridSample renamed its modes (20); RoiAlign has another default (16);
 * Softmax, LogSoftmax, Hardmax: to 12 they flatten the tensor at ``axis`` (default 1) and normalize over the rest, from
   13 over ``axis`` alone (default -1);
 * Upsample, and Resize of opset 10, become Resize with asymmetric coordinates; Scatter becomes ScatterElements;
@@ -23,7 +26,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 
-OLDEST = 7
+OLDEST, NEWEST = 7, 20
 
 
 class _CannotError(Exception):
@@ -31,7 +34,7 @@ class _CannotError(Exception):
 
 
 def raise_opset(model: ir.Model, version: int = 13) -> str | None:
-    """Bring ``model`` to at least opset ``version`` (13 or older), in place.
+    """Bring ``model`` to at least opset ``version`` (20 or older), in place.
 
     Returns:
         None when the model is at ``version`` or newer afterwards, else why it was left as it was.
@@ -39,8 +42,8 @@ def raise_opset(model: ir.Model, version: int = 13) -> str | None:
     old = g.opset(model)
     if old >= version:
         return None
-    if old < OLDEST or version > 13:
-        return f"opset {old} cannot be raised to {version}: only 7 to 13 are known"
+    if old < OLDEST or version > NEWEST:
+        return f"opset {old} cannot be raised to {version}: only {OLDEST} to {NEWEST} are known"
     draft = model.clone()
     try:
         for node in list(draft.graph.all_nodes()):
@@ -54,6 +57,10 @@ def raise_opset(model: ir.Model, version: int = 13) -> str | None:
             _convert(model, node, old, version)
     g.remove_dead(model.graph)
     model.graph.opset_imports[""] = version
+    # The format of the file must know the operator set, or the checker of onnx refuses it.
+    model.ir_version = max(
+        model.ir_version or 0, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", version)])
+    )
     for node in model.graph.all_nodes():
         node.version = None
     for sub in model.graph.subgraphs():
@@ -131,9 +138,34 @@ def _axes(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
         _to_input(model, node, "axes", 1)
 
 
+def _reduce(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if new >= 18:
+        _to_input(model, node, "axes", 1)
+
+
 def _split(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
     if new >= 13:
         _to_input(model, node, "split", 1)
+    if since < 18 <= new and (len(node.inputs) < 2 or node.inputs[1] is None):
+        g.set_attribute(node, "num_outputs", len(node.outputs))
+
+
+def _grid_sample(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < 20 <= new:
+        mode = g.attribute(node, "mode", "bilinear")
+        g.set_attribute(node, "mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
+
+
+def _dft(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < 20 <= new:
+        axis = g.attribute(node, "axis", 1)
+        node.attributes.pop("axis", None)
+        _set_input(model, node, 2, np.array(axis, np.int64), "axis")
+
+
+def _roi_align(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < 16 <= new:
+        g.set_attribute(node, "coordinate_transformation_mode", "output_half_pixel")
 
 
 def _clip(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
@@ -245,6 +277,23 @@ _RULES: dict[str, Callable[[ir.Model, ir.Node, int, int], None]] = {
     "Squeeze": _axes,
     "Unsqueeze": _axes,
     "ReduceSum": _axes,
+    **dict.fromkeys(
+        (
+            "ReduceL1",
+            "ReduceL2",
+            "ReduceLogSum",
+            "ReduceLogSumExp",
+            "ReduceMax",
+            "ReduceMean",
+            "ReduceMin",
+            "ReduceProd",
+            "ReduceSumSquare",
+        ),
+        _reduce,
+    ),
+    "GridSample": _grid_sample,
+    "RoiAlign": _roi_align,
+    "DFT": _dft,
     "Split": _split,
     "Clip": _clip,
     "Pad": _pad,

@@ -15,6 +15,7 @@ from onnxslim.passes.fold.branches import merge_branches
 from onnxslim.passes.fold.chains import merge_chains
 from onnxslim.passes.fold.pads import absorb_pads
 from onnxslim.passes.fold.products import merge_products
+from onnxslim.passes.fold.scales import absorb_scales
 from onnxslim.passes.fold.work import Work
 from onnxslim.sharing import deduplicate_initializers
 
@@ -26,6 +27,7 @@ RULES: Sequence[Callable[[Work], None]] = (
     lambda work: absorb_before(work, HEAVY),
     lambda work: absorb_after(work, LIGHT),
     lambda work: absorb_before(work, LIGHT),
+    absorb_scales,
     merge_products,
     merge_branches,
     merge_chains,
