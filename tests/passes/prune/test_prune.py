@@ -164,10 +164,10 @@ def test_bad_options_are_refused(text: str) -> None:
 
 def test_demo_network_keeps_its_accuracy_at_half_the_work() -> None:
     with np.load(MODELS / "fmnist_calib.npz") as calib, np.load(MODELS / "fmnist_eval.npz") as evaluation:
-        samples = [{"image": calib["image"][k : k + 1]} for k in range(0, 256, 2)]
-        test = [
-            {"image": evaluation["image"][k : k + 1], "labels": evaluation["labels"][k : k + 1]} for k in range(1000)
-        ]
+        images = calib["image"]
+        held_out, labels = evaluation["image"], evaluation["labels"]
+    samples = [{"image": images[k : k + 1]} for k in range(0, 256, 2)]
+    test = [{"image": held_out[k : k + 1], "labels": labels[k : k + 1]} for k in range(1000)]
     result = onnxslim.optimize(
         str(MODELS / "fmnist_cnn.onnx"),
         "prune(ratio=0.2)",
