@@ -15,6 +15,7 @@ from onnxslim.opset import NEWEST, raise_opset
 from onnxslim.passes.fold import OLDEST_OPSET, Fold
 from onnxslim.passes.fuse.functions import fuse_functions
 from onnxslim.passes.fuse.norms import fuse_norms
+from onnxslim.passes.fuse.parallel import merge_parallel
 from onnxslim.passes.fuse.shifts import fuse_shifts
 from onnxslim.passes.fuse.work import Work
 from onnxslim.sharing import deduplicate_initializers
@@ -34,6 +35,7 @@ class Fuse(Pass):
     * Mul and Add per channel between convolutions: BatchNormalization, which ONNX Runtime's CPU provider runs on the
       blocks of channels of the convolutions, where they would be copied out and back. Done when the graph that the
       runtime executes here has fewer nodes then.
+    * Products of one value with several constant matrices (queries, keys and values): one product, split behind it.
 
     Only operators of the standard are used. Left as they are: values in between that somebody else reads, and float64.
     What ONNX Runtime fuses further (Gelu with its bias, LayerNormalization with its residual) it still finds.
@@ -90,6 +92,7 @@ def _fuse(model: ir.Model, newest: int, ctx: Context | None) -> Work:
             Fold().apply(model, ctx)
             work.scaled = False
     if ctx is not None:
+        merge_parallel(work)
         fuse_shifts(work, ctx)
     g.remove_dead(model.graph, start=[])
     deduplicate_initializers(model)
