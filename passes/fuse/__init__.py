@@ -17,6 +17,7 @@ from onnxslim.passes.fuse.functions import fuse_functions
 from onnxslim.passes.fuse.norms import fuse_norms
 from onnxslim.passes.fuse.parallel import merge_parallel
 from onnxslim.passes.fuse.shifts import fuse_shifts
+from onnxslim.passes.fuse.sums import merge_sums
 from onnxslim.passes.fuse.work import Work
 from onnxslim.sharing import deduplicate_initializers
 
@@ -36,9 +37,11 @@ class Fuse(Pass):
       blocks of channels of the convolutions, where they would be copied out and back. Done when the graph that the
       runtime executes here has fewer nodes then.
     * Products of one value with several constant matrices (queries, keys and values): one product, split behind it.
+    * Bias and residual in front of LayerNormalization: one Sum, which the CPU provider runs faster than the
+      SkipLayerNormalization it would make of the Adds.
 
     Only operators of the standard are used. Left as they are: values in between that somebody else reads, and float64.
-    What ONNX Runtime fuses further (Gelu with its bias, LayerNormalization with its residual) it still finds.
+    What ONNX Runtime fuses further (Gelu with its bias, a product with its transposed operand) it still finds.
 
     Options:
         opset: the model may be raised up to this version of the operator set when that lets an operator be used
@@ -93,6 +96,7 @@ def _fuse(model: ir.Model, newest: int, ctx: Context | None) -> Work:
             work.scaled = False
     if ctx is not None:
         merge_parallel(work)
+        merge_sums(work, ctx)
         fuse_shifts(work, ctx)
     g.remove_dead(model.graph, start=[])
     deduplicate_initializers(model)
