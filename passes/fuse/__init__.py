@@ -19,6 +19,7 @@ from onnxslim.passes.fuse.parallel import merge_parallel
 from onnxslim.passes.fuse.shifts import fuse_shifts
 from onnxslim.passes.fuse.sums import merge_sums
 from onnxslim.passes.fuse.work import Work
+from onnxslim.passes.simplify import Simplify
 from onnxslim.sharing import deduplicate_initializers
 
 RULES: Sequence[Callable[[Work], None]] = (fuse_norms, fuse_functions)
@@ -78,6 +79,8 @@ class Fuse(Pass):
                     raise_opset(draft, needed)
         work = _fuse(draft, g.opset(draft), ctx)
         if work.done:
+            # Fewer readers and larger products leave more for it to do.
+            Simplify().apply(draft, ctx)
             model.graph = draft.graph
             model.ir_version = draft.ir_version
         return Outcome(dict(sorted(work.done.items())), skipped)
