@@ -53,6 +53,8 @@ class Fold(Pass):
       second pads nothing or no bias stands in between. Only where the product has no more weights than the two.
     * branches that are added (3x3 + 1x1 + identity of RepVGG, ``W x + B (A x)`` of LoRA): exact when they read the same
       value at positions that the largest of them reads, with one stride, and give results of one size.
+    * Mul and Div by a number, however far behind a linear operator (the scale of attention): exact when what stands in
+      between is homogeneous, and everything that reads a value which changes is scaled, once.
     * Pad by constant amounts of spatial axes: zeros into Conv; zeros into AveragePool that counts them; into MaxPool
       what can never be the maximum of a window.
 

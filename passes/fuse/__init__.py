@@ -15,8 +15,11 @@ from onnxslim.opset import NEWEST, raise_opset
 from onnxslim.passes.fold import OLDEST_OPSET, Fold
 from onnxslim.passes.fuse.functions import fuse_functions
 from onnxslim.passes.fuse.norms import fuse_norms
+from onnxslim.passes.fuse.parallel import merge_parallel
 from onnxslim.passes.fuse.shifts import fuse_shifts
+from onnxslim.passes.fuse.sums import merge_sums
 from onnxslim.passes.fuse.work import Work
+from onnxslim.passes.simplify import Simplify
 from onnxslim.sharing import deduplicate_initializers
 
 RULES: Sequence[Callable[[Work], None]] = (fuse_norms, fuse_functions)
@@ -34,9 +37,12 @@ class Fuse(Pass):
     * Mul and Add per channel between convolutions: BatchNormalization, which ONNX Runtime's CPU provider runs on the
       blocks of channels of the convolutions, where they would be copied out and back. Done when the graph that the
       runtime executes here has fewer nodes then.
+    * Products of one value with several constant matrices (queries, keys and values): one product, split behind it.
+    * Bias and residual in front of LayerNormalization: one Sum, which the CPU provider runs faster than the
+      SkipLayerNormalization it would make of the Adds.
 
     Only operators of the standard are used. Left as they are: values in between that somebody else reads, and float64.
-    What ONNX Runtime fuses further (Gelu with its bias, LayerNormalization with its residual) it still finds.
+    What ONNX Runtime fuses further (Gelu with its bias, a product with its transposed operand) it still finds.
 
     Options:
         opset: the model may be raised up to this version of the operator set when that lets an operator be used
@@ -73,6 +79,8 @@ class Fuse(Pass):
                     raise_opset(draft, needed)
         work = _fuse(draft, g.opset(draft), ctx)
         if work.done:
+            # Fewer readers and larger products leave more for it to do.
+            Simplify().apply(draft, ctx)
             model.graph = draft.graph
             model.ir_version = draft.ir_version
         return Outcome(dict(sorted(work.done.items())), skipped)
@@ -90,6 +98,8 @@ def _fuse(model: ir.Model, newest: int, ctx: Context | None) -> Work:
             Fold().apply(model, ctx)
             work.scaled = False
     if ctx is not None:
+        merge_parallel(work)
+        merge_sums(work, ctx)
         fuse_shifts(work, ctx)
     g.remove_dead(model.graph, start=[])
     deduplicate_initializers(model)

@@ -57,6 +57,21 @@ class Work:
             self.model.graph, op_type, inputs, before=before, attributes=attributes, hint=like.name or "", like=like
         )
 
+    def split(self, value: ir.Value, axis: int, sizes: list[int], before: ir.Node, parts: list[ir.Node]) -> None:
+        """Split ``value`` along ``axis`` (negative) into what the readers of the first outputs of ``parts`` read."""
+        inputs: list[ir.Value | None] = [value]
+        attributes: dict[str, Any] = {"axis": axis}
+        if g.opset(self.model) >= 13:
+            inputs.append(self.constant(np.array(sizes, np.int64)))
+        else:
+            attributes["split"] = sizes
+        node = g.add_node(self.model.graph, "Split", inputs, before=before, attributes=attributes, outputs=len(parts))
+        for new, part in zip(node.outputs, parts, strict=True):
+            old = part.outputs[0]
+            new.type, new.shape = old.type, old.shape
+            g.replace(old, new)
+        g.remove_dead(self.model.graph, parts)
+
     def replace(self, old: ir.Node, new: ir.Node) -> None:
         """The readers of ``old`` read ``new``; ``old`` goes, with what only it needed."""
         g.replace(old.outputs[0], new.outputs[0])
