@@ -365,6 +365,29 @@ def bench(
     return int(bool(facts["missing"]))
 
 
+@cli.command("run")
+@click.argument("recipe", default="onnxslim.toml", type=_FILE)
+def run_recipe(recipe: Path) -> int:
+    """Make every model that a recipe lists (onnxslim.toml); the exit code is the worst of them."""
+    from onnxslim import config
+
+    command = cli.commands[DEFAULT]
+    known = {opt[2:]: p for p in command.params for opt in p.opts if opt.startswith("--")}
+    flags = [name for name, p in known.items() if isinstance(p, click.Option) and p.is_flag]
+    jobs = config.read(recipe, known, flags)
+    worst = 0
+    folder = Path.cwd()
+    os.chdir(recipe.absolute().parent)
+    try:
+        for job in jobs:
+            message(f"onnxslim: {job.source} -> {job.target}")
+            code = command.main([job.source, job.target, *job.arguments], prog_name="onnxslim", standalone_mode=False)
+            worst = max(worst, code)
+    finally:
+        os.chdir(folder)
+    return worst
+
+
 @cli.command()
 @click.argument("name", required=False)
 def passes(name: str | None) -> None:

@@ -25,7 +25,7 @@ class Report:
             None when the models could not be run.
         metric: ``name``, ``before``, ``after``, ``drop``, ``max_drop``, ``samples``; None without a metric.
         bench: one entry per execution provider: ``ep``, ``latency_ms`` of the result and ``original_latency_ms``
-            (``median``, ``p10``, ``p90``), ``speedup`` and its 95 % ``interval``; empty when nothing was measured.
+            (``median``, ``p10``, ``p90``), ``speedup`` and its 99 % ``interval``; empty when nothing was measured.
         environment: versions, processor, seed, threads, input shapes, and the pipeline that ran.
         warnings: what the user has to know, most important first.
         details: layers before and after, where the error comes in, histograms, the model after each pass (see
