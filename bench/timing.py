@@ -118,20 +118,24 @@ def busy(yes: bool) -> Iterator[None]:
             process.wait()
 
 
-def check(
-    name: str, path: Path, folder: Path, runs: int, seconds: float, threads: int, shapes: dict[str, list[int]]
-) -> Iterator[Row]:
-    """Both conditions of one model; a row after every run, so that a run that is broken off shows what it has."""
+def check(name: str, path: Path, folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """One row for each condition of one model; stderr has it after every run, so that nothing is lost on the way."""
     files = [folder / f"{name}-{count}.onnx" for count in (COPIES, COPIES, COPIES + 1)]
     for file, count in zip(files, (COPIES, COPIES, COPIES + 1), strict=True):
         onnx.save(copies(path, count), file)
-    feeds = list(synthetic(model_io.load(path), 4, seed=0, shapes=shapes).feeds())
-    for yes in (False, True):
-        row = Row(name, "busy" if yes else "idle")
-        with busy(yes):
-            for k in range(runs):
+    feeds = list(synthetic(model_io.load(path), 4, seed=0).feeds())
+    for condition in options.other:
+        row = Row(name, condition)
+        with busy(condition == "busy"):
+            for k in range(options.runs):
                 found = bench.measure(
-                    files, eps.parse("cpu"), {1: feeds}, threads=[threads], seconds=seconds, seed=k, starts=False
+                    files,
+                    eps.parse("cpu"),
+                    {1: feeds},
+                    threads=[options.threads],
+                    seconds=options.seconds,
+                    seed=k,
+                    starts=False,
                 )
                 row.add(found["bench"])
                 print(row.text(), end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
@@ -147,6 +151,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=1.5, help="of measuring in each run (default: 1.5)")
     parser.add_argument("--threads", type=int, default=1, help="of every session (default: 1)")
+    parser.add_argument(
+        "--other", nargs="+", choices=("idle", "busy"), default=["idle", "busy"], help="core: its state"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the result with its environment")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
@@ -157,7 +164,7 @@ def main(arguments: list[str]) -> int:
             if not model.path.is_file():
                 print(f"not at hand: run python models/zoo.py fetch {name}", file=sys.stderr)
                 return 2
-            for row in check(name, model.path, Path(folder), options.runs, options.seconds, options.threads, {}):
+            for row in check(name, model.path, Path(folder), options):
                 print(row.text(), flush=True)
                 rows.append(row)
                 if options.json is not None:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnxslim import cost, doctor, metrics, pipeline, repro, runtime, timing, verify
 from onnxslim import data as data_io
+from onnxslim import details as extras
 from onnxslim import model as model_io
 from onnxslim.checks import Budget, Checks, check_samples, generated
 from onnxslim.contract import Context, Effect, NoProgress, Pass, Progress
@@ -45,6 +46,9 @@ class Result:
     exit_code: int = 0
     repro: Path | None = None
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
     def save(self, path: str | os.PathLike[str], *, external: bool | None = None) -> Path:
         """Write the model to ``path`` atomically; see `onnxslim.model.save`."""
         return model_io.save(self.model, path, external=external)
@@ -70,6 +74,7 @@ def optimize(
     threads: int = 0,
     bench: bool = True,
     bench_seconds: float | None = None,
+    details: bool = False,
 ) -> Result:
     """Run ``passes`` over ``model``, each checked and undone when it breaks its promise; ``model`` is not changed.
 
@@ -90,6 +95,8 @@ def optimize(
         threads: intra-operator threads of every session (0: the runtime's choice).
         bench: measure the latency of both models; a lossless pipeline then also drops a pass that makes it slower.
         bench_seconds: how long to measure, loading included: by default 3 s after a lossy pass, else 1 s.
+        details: find out for the report what each layer costs before and after, where the error comes in, and what the
+            model was after each pass.
 
     Raises:
         ModelError, DataError, UsageError: what was given cannot be used.
@@ -121,6 +128,8 @@ def optimize(
         bench_seconds = _BENCH_LOSSY if lossy else _BENCH_LOSSLESS
     run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
     result = run.finish(*run.passes(chosen))
+    if details and runner is not None:
+        result.report.details = run.details(result.model)
     if isinstance(model, str | os.PathLike):
         model_io.own_weights(result.model, model)
     return result
@@ -396,6 +405,19 @@ class _Run:
         )
         missed = bool(self.checks.failed or self.checks.missed)
         return Result(model, report, 123 if self.repro else int(missed), self.repro)
+
+    def details(self, model: ir.Model) -> dict[str, Any]:
+        """What the report shows beyond totals; see `onnxslim.details`."""
+        feeds = list(self.samples.judging.spread(_TIMED).feeds())
+        threads = self.ctx.threads
+        found = extras.collect(self.original, model, feeds, threads=threads)
+        if self.bench_seconds and len(self.checks.kept) > 1:
+            name = self.checks.budget.metric.name if self.checks.budget is not None else None
+            source = _as_given(self.source, self.original)
+            found |= extras.stages(
+                source, self.checks.kept, self.checks.measure, name, feeds, threads=threads, seconds=self.bench_seconds
+            )
+        return found
 
     def _comment(self, steps: Sequence[pipeline.Step]) -> None:
         """Say first what the user must not overlook."""

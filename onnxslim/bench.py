@@ -301,6 +301,30 @@ def run(
     return {**facts, "data": data.origin, "shapes": shown, "threads": list(threads)}
 
 
+def measure_files(
+    original: Path,
+    result: Path,
+    eps: Sequence[Ep],
+    source: str | None,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    threads: int = 0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`measure` two files on the same samples."""
+    feeds = list(samples(original, source, shapes, seed).spread(_SAMPLES).feeds())
+    return measure([original, result], eps, {1: feeds}, threads=[threads], seed=seed)
+
+
+def entries(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of two files as the ``bench`` of a report has them: one entry per provider."""
+    found = []
+    for original, result in zip(facts["bench"][::2], facts["bench"][1::2], strict=True):
+        kept = ("ep", "latency_ms", "speedup", "interval", "threads", "cold", "placement")
+        found.append({**{k: result[k] for k in kept}, "original_latency_ms": original["latency_ms"]})
+    return found
+
+
 def sheets(facts: Mapping[str, Any]) -> list[Sheet]:
     """Latencies; what a start from nothing takes; and the kernels by operator where they were profiled."""
     rows = facts["bench"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,8 @@ _MMAP_THRESHOLD = -3  # of mallopt(3)
 @_THREADS
 @_SEED
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
+@click.option("--bench-ep", metavar="LIST", help="Measure latency on these execution providers too, as bench --ep.")
+@click.option("--report", "page_to", type=_FILE, metavar="FILE", help="Write an HTML report with plots.")
 @click.option("--external-data", is_flag=True, help="Put the weights in a file of their own (always above 1.8 GB).")
 @_JSON
 def optimize_command(
@@ -136,32 +139,46 @@ def optimize_command(
     threads: int,
     seed: int,
     no_bench: bool,
+    bench_ep: str | None,
+    page_to: Path | None,
     external_data: bool,
     json_to: str | None,
 ) -> int:
     """Optimize IN and write OUT."""
-    _check_target(source, target_path, json_to)
+    _check_target(source, target_path, json_to, page_to)
+    from onnxslim import bench, eps
     from onnxslim.api import optimize
     from onnxslim.console import Bars
+
+    providers = eps.parse(bench_ep) if bench_ep is not None else []
 
     result = optimize(
         source, passes, calib, evaluation, metric, max_drop, target, seed, Bars(),
         shapes=shapes, fix_shapes=fixed, threads=threads, bench=not no_bench,
+        details=page_to is not None,
     )  # fmt: skip
     result.save(target_path, external=True if external_data else None)
+    result.report.environment["command"] = shlex.join(["onnxslim", *sys.argv[1:]])
+    if providers:
+        facts = bench.measure_files(source, target_path, providers, calib, shapes, threads=threads, seed=seed)
+        result.report.bench += bench.entries(facts)
+        result.report.warnings += facts["warnings"]
+    if page_to is not None:
+        page_to.write_text(result.report.to_html(f"{source.name} → {target_path.name}"), encoding="utf-8")
     _show(result.report.to_json(), result.report.table(), json_to)
     if result.exit_code:
         message(f"onnxslim: {result.report.warnings[0]}")
     return result.exit_code
 
 
-def _check_target(source: Path, target: Path, json_to: str | None) -> None:
+def _check_target(source: Path, target: Path, json_to: str | None, page_to: Path | None) -> None:
     """Find out before the work that the result could not be written."""
     if not source.is_file():
         raise UsageError(f"{source}: {'is a folder, not an ONNX file' if source.is_dir() else 'no such file'}")
     report = [Path(json_to)] if json_to is not None and json_to != "-" else []
-    if report and report[0].absolute() == target.absolute():
-        raise UsageError(f"{target}: cannot hold both the model and the report")
+    report += [page_to] if page_to is not None else []
+    if len({path.absolute() for path in (target, *report)}) <= len(report):
+        raise UsageError(f"{target}: the model and every report need a file of their own")
     for path in (target, *report):
         if path.exists() and path.samefile(source):
             raise UsageError(f"{path}: is the input, which is never touched; give another name")
@@ -346,6 +363,29 @@ def bench(
     for entry in facts["missing"]:
         message(f"onnxslim: {entry['reason']}")
     return int(bool(facts["missing"]))
+
+
+@cli.command("run")
+@click.argument("recipe", default="onnxslim.toml", type=_FILE)
+def run_recipe(recipe: Path) -> int:
+    """Make every model that a recipe lists (onnxslim.toml); the exit code is the worst of them."""
+    from onnxslim import config
+
+    command = cli.commands[DEFAULT]
+    known = {opt[2:]: p for p in command.params for opt in p.opts if opt.startswith("--")}
+    flags = [name for name, p in known.items() if isinstance(p, click.Option) and p.is_flag]
+    jobs = config.read(recipe, known, flags)
+    worst = 0
+    folder = Path.cwd()
+    os.chdir(recipe.absolute().parent)
+    try:
+        for job in jobs:
+            message(f"onnxslim: {job.source} -> {job.target}")
+            code = command.main([job.source, job.target, *job.arguments], prog_name="onnxslim", standalone_mode=False)
+            worst = max(worst, code)
+    finally:
+        os.chdir(folder)
+    return worst
 
 
 @cli.command()

@@ -175,11 +175,12 @@ class _Pair:
         self.peak = 0.0
 
     def add(self, want: np.ndarray, got: np.ndarray) -> None:
-        """Take in one sample."""
+        """Take in one sample; elements that are not finite in both are left out."""
         wide = [np.moveaxis(np.atleast_1d(v).astype(np.float64), self._axis, 0) for v in (want, got)]
         a, b = (v.reshape(v.shape[0], -1) for v in wide)
-        ones = np.full(len(a), float(a.shape[1]))
-        sums = np.array([ones, a.sum(1), b.sum(1), (a * a).sum(1), (b * b).sum(1), (a * b).sum(1)])
+        finite = np.isfinite(a) & np.isfinite(b)
+        a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+        sums = np.array([finite.sum(1), a.sum(1), b.sum(1), (a * a).sum(1), (b * b).sum(1), (a * b).sum(1)])
         self._sums = self._sums + sums if self._sums.shape == sums.shape else sums
         self.peak = max(self.peak, float(np.abs(b - a).max(initial=0.0)))
 
@@ -193,6 +194,7 @@ class _Pair:
     def unexplained(self) -> float:
         """What is left of it when each channel of ``got`` may be scaled and shifted, relative to the spread of want."""
         count, a, b, aa, bb, ab = self._sums
+        count = np.maximum(count, 1)
         spread_a, spread_b, both = aa - a * a / count, bb - b * b / count, ab - a * b / count
         explained = np.divide(both * both, spread_b, out=np.zeros_like(both), where=spread_b > 1e-12 * bb)
         whole = spread_a.sum()

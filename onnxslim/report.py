@@ -25,9 +25,11 @@ class Report:
             None when the models could not be run.
         metric: ``name``, ``before``, ``after``, ``drop``, ``max_drop``, ``samples``; None without a metric.
         bench: one entry per execution provider: ``ep``, ``latency_ms`` of the result and ``original_latency_ms``
-            (``median``, ``p10``, ``p90``), ``speedup`` and its 95 % ``interval``; empty when nothing was measured.
+            (``median``, ``p10``, ``p90``), ``speedup`` and its 99 % ``interval``; empty when nothing was measured.
         environment: versions, processor, seed, threads, input shapes, and the pipeline that ran.
         warnings: what the user has to know, most important first.
+        details: layers before and after, where the error comes in, histograms, the model after each pass (see
+            `onnxslim.details`); None where they were not asked for.
     """
 
     before: dict[str, int]
@@ -38,16 +40,30 @@ class Report:
     bench: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    details: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, with the shortcomings of the result first among the warnings."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["warnings"] = [*self.shortcomings(), *self.warnings]
+        if self.details is None:
+            del fields["details"]
         return {name: plain(value) for name, value in fields.items()}
 
     def to_json(self) -> str:
         """`to_dict` as JSON text; a number that JSON cannot hold is null."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_html(self, title: str = "onnxslim report") -> str:
+        """The report as one HTML page that needs nothing but itself; with the most in it after ``details=True``."""
+        from onnxslim import html
+
+        return html.page(self.to_dict(), title)
+
+    def _repr_html_(self) -> str:
+        from onnxslim import html
+
+        return html.fragment(self.to_dict())
 
     def shortcomings(self) -> list[str]:
         """Where the result is not faster or not smaller than the original."""

@@ -97,5 +97,6 @@ def test_the_wheel_holds_onnxslim_and_nothing_else(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path)], cwd=source, capture_output=True, text=True, check=True)
     names = zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]).namelist()
     assert {name.split("/")[0] for name in names} == {"onnxslim", "onnxslim-1.0.0.dist-info"}
-    assert {"onnxslim/py.typed", "onnxslim/cli.py", "onnxslim/passes/__init__.py"} <= set(names)
+    assert {"onnxslim/py.typed", "onnxslim/cli.py", "onnxslim/worker.py", "onnxslim/passes/__init__.py"} <= set(names)
+    assert {f"onnxslim/web/{p.name}" for p in (ROOT / "onnxslim" / "web").iterdir()} <= set(names)
     assert not [name for name in names if name.endswith((".onnx", ".npz"))]
