@@ -180,12 +180,20 @@ def _show(json_text: str, table: Any, json_to: str | None) -> None:
 @cli.command()
 @click.argument("model", type=_FILE)
 @click.option("--nodes", is_flag=True, help="One row per node instead of per operator.")
+@click.option("--prunable", is_flag=True, help="Groups of channels that can be removed, and what stays and why.")
 @_SHAPE
 @_JSON
-def inspect(model: Path, nodes: bool, shapes: dict[str, list[int]], json_to: str | None) -> None:
+def inspect(model: Path, nodes: bool, prunable: bool, shapes: dict[str, list[int]], json_to: str | None) -> None:
     """Inputs, outputs, parameters, MACs and bytes of a model."""
     from onnxslim import pages
 
+    if prunable:
+        from onnxslim.prunable import facts as groups
+        from onnxslim.prunable import table
+
+        found = groups(model, shapes)
+        _show(pages.to_json(found), table(found), json_to)
+        return
     facts = pages.inspect(model, shapes)
     _show(pages.to_json(facts), pages.inspect_table(facts, nodes), json_to)
 
