@@ -235,11 +235,13 @@ def _views(command: Any) -> Any:
 @cli.command()
 @click.argument("model", type=_FILE)
 @click.option("--nodes", is_flag=True, help="One row per node instead of per operator, the dearest first.")
+@click.option("--prunable", is_flag=True, help="Groups of channels that can be removed, and what stays and why.")
 @_SHAPE
 @_views
 def inspect(
     model: Path,
     nodes: bool,
+    prunable: bool,
     shapes: dict[str, list[int]],
     json_to: str | None,
     csv_to: str | None,
@@ -248,6 +250,13 @@ def inspect(
     """Inputs, outputs, parameters, MACs, bytes and activations of a model."""
     from onnxslim import inspection, pages
 
+    if prunable:
+        from onnxslim.prunable import facts as groups
+        from onnxslim.prunable import table
+
+        found = groups(model, shapes)
+        _show(pages.to_json(found), table(found), json_to)
+        return
     facts = inspection.inspect(model, shapes)
     outputs = _Outputs(csv_to, markdown_to)
     _show(pages.to_json(facts), inspection.table(facts, nodes), json_to, inspection.sheets(facts, nodes), outputs)
