@@ -11,15 +11,16 @@ size is.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxslim import shape_moves, shape_products, shape_windows, symbolic
+from onnxslim import grids, shape_moves, shape_products, shape_windows, symbolic
 from onnxslim.graph import is_constant, opset, subgraphs
-from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RANGES, RULES, Call, Fact, Shape
+from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RANGES, RULES, Call, Fact, Grid, Shape
 from onnxslim.symbolic import Dim
 
 __all__ = ["Fact", "Shape", "Shapes"]
@@ -69,6 +70,10 @@ class Shapes:
         """Elements of a small integer or boolean tensor as an object array of `Dim`."""
         return None if value is None else self.fact(value).content
 
+    def grid(self, value: ir.Value | None) -> Grid | None:
+        """The grid that the integers or booleans of a tensor are, see `Grid`."""
+        return None if value is None or value.dtype not in grids.TYPES else grids.grid_of(self.fact(value))
+
     def static(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """The shape when it is all numbers."""
         shape = self.shape(value)
@@ -93,7 +98,17 @@ class Shapes:
         facts = self._infer(node)
         for k, value in enumerate(node.outputs):
             fact = (facts[k] if k < len(facts) else None) or NOTHING
-            self._facts[value] = self._checked(value, fact)
+            fact = self._checked(value, fact)
+            if k == 0 and fact.shape is not None and fact.content is None and fact.grid is None:
+                fact = dataclasses.replace(fact, grid=self._follow(node, fact.shape))
+            self._facts[value] = fact
+
+    def _follow(self, node: ir.Node, shape: Shape) -> Grid | None:
+        if node.domain not in ("", "ai.onnx") or node.outputs[0].dtype not in grids.TYPES:
+            return None
+        found = grids.follow(self.call(node), shape)
+        low, high = RANGES[node.outputs[0].dtype]
+        return None if found is not None and isinstance(found.start, int) and not low <= found.start <= high else found
 
     def declare(self) -> None:
         """Write the shapes found into the values computed by nodes, for whoever reads them there.
@@ -186,7 +201,8 @@ class Shapes:
         shape = tuple(int(d) for d in tensor.shape.numpy())
         floating = tensor.dtype.is_floating_point()
         if tensor.dtype not in RANGES or tensor.size > (_FLOATS if floating else MAX_CONTENT):
-            return Fact(shape)
+            small = tensor.dtype in grids.TYPES and tensor.size <= grids.MAX_WEIGHT
+            return Fact(shape, grid=grids.of_weight(tensor.numpy()) if small else None)
         numbers = tensor.numpy().reshape(-1)
         _, high = RANGES[tensor.dtype]
         if floating and not np.all((np.floor(numbers) == numbers) & (np.abs(numbers) <= high)):

@@ -18,7 +18,8 @@ from oracles import assert_same, operators
 
 from onnxslim import model as model_io
 from onnxslim import symbolic
-from onnxslim.axes import Atoms, merge_movements
+from onnxslim.atoms import Atoms
+from onnxslim.axes import merge_movements
 from onnxslim.graph import remove_dead
 from onnxslim.shapes import Shapes
 
