@@ -46,6 +46,7 @@ class Shapes:
         self._ir_version = int(model.ir_version or 10)
         self._top = model.graph
         self._facts: dict[ir.Value, Fact] = {}
+        self._weights: dict[ir.Value, tuple[ir.TensorProtocol, Fact]] = {}
 
     def run(self) -> Shapes:
         """Visit every node of the model; returns itself."""
@@ -57,7 +58,7 @@ class Shapes:
         found = self._facts.get(value)
         if found is None:
             if is_constant(value):
-                return self._constant(value)  # not kept: a pass may give the weight new content
+                return self._weight(value)
             found = self._input(value) if value.producer() is None else NOTHING
             self._facts[value] = found
         return found
@@ -195,9 +196,16 @@ class Shapes:
         back = {name: dim for dim, name in names.items()}
         return [_from_proto(found.get(f"o{k}"), back) for k in range(len(node.outputs))]
 
-    def _constant(self, value: ir.Value) -> Fact:
+    def _weight(self, value: ir.Value) -> Fact:
         tensor = value.const_value
         assert tensor is not None
+        kept = self._weights.get(value)
+        # A pass may give the weight new content, which is another tensor.
+        if kept is None or kept[0] is not tensor:
+            kept = self._weights[value] = tensor, self._constant(tensor)
+        return kept[1]
+
+    def _constant(self, tensor: ir.TensorProtocol) -> Fact:
         shape = tuple(int(d) for d in tensor.shape.numpy())
         floating = tensor.dtype.is_floating_point()
         if tensor.dtype not in RANGES or tensor.size > (_FLOATS if floating else MAX_CONTENT):

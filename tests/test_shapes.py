@@ -15,6 +15,7 @@ from node_corpus import cases, is_tensor, loaded, with_constants
 
 from onnxslim import model as model_io
 from onnxslim import symbolic
+from onnxslim.graph import set_constant
 from onnxslim.shapes import Shapes
 
 
@@ -147,3 +148,17 @@ def test_shapes_found_are_declared_and_correct_what_was_declared_wrongly() -> No
     assert [str(d) for d in declared["new"]] == ["4", "n"]
     assert [list(v.shape or ()) for v in model.graph.outputs] == outputs
     assert declared["half"][1] == 2  # what inference does not know stays
+
+
+def test_a_weight_with_new_content_is_known_anew() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[6] x) => (float[2, 3] y) { y = Reshape(x, t) }'
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 3]), "t"))
+    model = model_io.load(proto)
+    shapes, weight = Shapes(model), model.graph.initializers["t"]
+    for content in ([2, 3], [3, 2], [6]):
+        set_constant(weight, np.array(content))
+        known = shapes.content(weight)
+        assert known is not None and known.tolist() == content
+        assert shapes.shape(weight) == (len(content),)
