@@ -149,6 +149,8 @@ def _fit(cone: Cone, kind: Kind, sizes: tuple[int, ...], axis: int) -> Fit | Non
         weight = scale * centre
         gain = np.sum((small - bias) * weight, reduced) / np.sum(weight * weight, reduced)
         epsilon = float(np.float32(np.median(1 / gain**2 - np.mean(centre**2, reduced))))
+        # What float64 leaves of none.
+        epsilon = 0.0 if abs(epsilon) < 1e-16 else epsilon
         if not 0 <= epsilon < 1 or not np.all(np.isfinite(bias)):
             return None
         for factor in (HUGE, 1.0, 1e-2, 1e-3):

@@ -25,6 +25,7 @@ def weights() -> dict[str, np.ndarray]:
         "wq": normal(H * D, H * D), "bq": normal(H * D), "wk": normal(H * D, H * D), "bk": normal(H * D),
         "heads": np.array([0, S, H, D]), "scale": np.float32(0.35), "cos": normal(S, D), "sin": normal(S, D),
         "halves": np.array([D // 2, D // 2]), "gamma": normal(D), "row": normal(D), "beta": normal(D),
+        "turn": normal(D, D),
     }  # fmt: skip
 
 
@@ -114,6 +115,13 @@ KEPT = {
     ),
     "the query is multiplied with what comes from it": attention(
         node("Sigmoid", "q", "g"), node("Mul", "q g", "qg"), node("Mul", "qg scale", "p"), left="p"
+    ),
+    "both factors of a product would be scaled": attention(
+        node("Neg", "q", "n"), node("Mul", "q n", "qn"), node("Concat", "qn n", "s", axis=2),
+        node("Mul", "s scale", "p"), left="p",
+    ),
+    "a linear layer would be scaled along with its data": attention(
+        node("MatMul", "q turn", "l"), node("Concat", "q l", "s", axis=2), node("Mul", "s scale", "p"), left="p"
     ),
     "one term of the sum cannot be scaled": attention(
         node("Exp", "q", "e"), node("Add", "e q", "s"), node("Mul", "s scale", "p"), left="p"

@@ -147,6 +147,9 @@ def test_values_that_others_read_stay() -> None:
     model = build(lines)
     model.graph.output.append(onnx.helper.make_tensor_value_info("b", TensorProto.FLOAT, X.shape))
     assert operators(apply(model, "fuse")[0]) == operators(model)
+    model = build([*lines, "z = Neg b"])
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", TensorProto.FLOAT, X.shape))
+    assert operators(apply(model, "fuse")[0]) == operators(model)
 
 
 def test_a_constant_that_adds_axes_stays() -> None:

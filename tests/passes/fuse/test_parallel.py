@@ -68,6 +68,8 @@ def test_heads_are_cut_before_the_split() -> None:
     assert fused(products(heads=heads)) == ["MatMul", "Add", "Reshape", "Split"]
     other = ((0, 0, 4, 2), (0, 0, 1, 4), (0, 0, 2, 2))
     assert fused(products(heads=other)) == ["MatMul", "Add", "Split", "Reshape", "Reshape", "Reshape"]
+    mixed = ((0, 10, 2, 2),) * 3
+    assert fused(products((8, 8, 8), heads=mixed)) == ["MatMul", "Add", "Split", "Reshape", "Reshape", "Reshape"]
     one = ((0, 0, 4, 2), None, (0, 0, 2, 2))
     assert fused(products(heads=one)) == ["MatMul", "Add", "Split", "Reshape", "Reshape"]
 
