@@ -62,8 +62,9 @@ class Ep:
 
     @property
     def label(self) -> str:
-        """The provider with its options, without the interpreter: what tables call it."""
-        inside = ", ".join(f"{name}={_text(value)}" for name, value in self.options.items())
+        """The provider with its options, without the interpreter and folders: what tables call it."""
+        shown = {k: Path(v).name if k in ("library", "cache") else _text(v) for k, v in self.options.items()}
+        inside = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"{self.name}({inside})" if inside else self.name
 
     def request(self) -> dict[str, Any]:
