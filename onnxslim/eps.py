@@ -84,6 +84,8 @@ class Ep:
             found["bind"] = None if copies else "cuda"
         elif self.name == "openvino":
             options.setdefault("device", "CPU")
+            if "cache" in options:  # the worker runs in a folder of its own
+                options["cache"] = os.path.abspath(str(options["cache"]))  # noqa: PTH100 as below
             found["threads_option"] = "num_of_threads"
         elif self.name == _PLUGIN:
             found.update((k, options.pop(k)) for k in ("package", "library", "hardware") if k in options)
