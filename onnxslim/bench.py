@@ -13,8 +13,8 @@ import numpy as np
 
 from onnxslim import doctor, timing, workers
 from onnxslim.contract import NoProgress, Progress
-from onnxslim.eps import PROVIDERS, Ep, parse
-from onnxslim.errors import UsageError
+from onnxslim.eps import Ep, parse
+from onnxslim.errors import ModelError, UsageError
 from onnxslim.pages import samples
 from onnxslim.sheet import Column, Row, Sheet
 
@@ -81,7 +81,7 @@ def measure(
 
     Returns:
         ``bench``: one row per variant and provider; ``missing``: providers that cannot be measured, each with the
-        reason; ``warnings``; ``kernels`` when asked for.
+        reason (it is not here, or refuses a file or an option); ``warnings``; ``kernels`` when asked for.
 
     Raises:
         ModelError: a file does not run.
@@ -104,8 +104,14 @@ def measure(
             lanes.append(_Lane(process, variants, paths, folder))
         if not lanes:
             raise workers.MissingError("; ".join(entry["reason"] for entry in missing))
-        for lane in lanes:
-            warnings += lane.prepare(starts)
+        for lane in list(lanes):
+            try:
+                warnings += lane.prepare(starts)
+            except ModelError as error:  # a provider may refuse what others run
+                lanes.remove(lane)
+                missing.append({"ep": lane.ep.label, "reason": str(error), "install": ""})
+                if not lanes:
+                    raise
         count = timing.plan_blocks(max(lane.load_seconds for lane in lanes), seconds)
         # Block by block over the providers, so that a drift of the machine meets all of them.
         for k in (progress or NoProgress()).track(range(count), total=count, label="bench"):
@@ -163,9 +169,17 @@ class _Lane:
                     "placement", path=variant.path, ep=self.process.request, threads=variant.threads
                 )
                 self._placed[variant.file] = placed
-                line = left_behind(placed, self.process.request["provider"])
+                provider = self.process.request["provider"]
+                if provider not in placed["providers"]:
+                    raise ModelError(
+                        f"{variant.file} on {self.ep.label}: nothing runs on {provider}, ONNX Runtime fell back to "
+                        f"{placed['providers'][0]}: it refuses an option or lacks a library; install line: "
+                        f"{self.ep.install_line()}"
+                    )
+                line = left_behind(placed, provider)
                 if line is not None:
-                    lines.append(f"{variant.file} on {self.ep.label}: {line}; install line: {self.ep.install_line()}")
+                    hint = "" if self.ep.name == "plugin" else f"; install line: {self.ep.install_line()}"
+                    lines.append(f"{variant.file} on {self.ep.label}: {line}{hint}")
         # What a block spends on new sessions; a cold start would overstate it.
         self.block(0.0, "plan")
         self.load_seconds = sum(self._load.pop() + self._first.pop()) / 1e3
@@ -251,8 +265,6 @@ class _Lane:
 
 def left_behind(placed: Mapping[str, Any], provider: str) -> str | None:
     """What ONNX Runtime runs elsewhere than on ``provider`` without saying so, or None."""
-    if provider not in placed["providers"] and provider != PROVIDERS["cpu"]:
-        return f"nothing runs on {provider}: ONNX Runtime fell back to {placed['providers'][0]}"
     if placed["nodes"] is None:
         return None
     total = sum(sum(counts.values()) for counts in placed["nodes"].values())

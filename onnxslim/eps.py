@@ -62,8 +62,9 @@ class Ep:
 
     @property
     def label(self) -> str:
-        """The provider with its options, without the interpreter: what tables call it."""
-        inside = ", ".join(f"{name}={_text(value)}" for name, value in self.options.items())
+        """The provider with its options, without the interpreter and folders: what tables call it."""
+        shown = {k: Path(v).name if k in ("library", "cache") else _text(v) for k, v in self.options.items()}
+        inside = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"{self.name}({inside})" if inside else self.name
 
     def request(self) -> dict[str, Any]:
@@ -83,6 +84,8 @@ class Ep:
             found["bind"] = None if copies else "cuda"
         elif self.name == "openvino":
             options.setdefault("device", "CPU")
+            if "cache" in options:  # the worker runs in a folder of its own
+                options["cache"] = os.path.abspath(str(options["cache"]))  # noqa: PTH100 as below
             found["threads_option"] = "num_of_threads"
         elif self.name == _PLUGIN:
             found.update((k, options.pop(k)) for k in ("package", "library", "hardware") if k in options)

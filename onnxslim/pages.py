@@ -80,5 +80,5 @@ def doctor_table(facts: Mapping[str, Any]) -> RenderableType:
         table.add_row(name, version)
     for name, state in facts["providers"].items():
         shown = "yes" if state == "runs" else f"yes, {state[5:]}" if state.startswith("runs in ") else f"no: {state}"
-        table.add_row(f"runs on {name}", shown.replace("no: does not run: ", "no: "))
+        table.add_row(f"runs on {name}", Text(shown.replace("no: does not run: ", "no: ")))
     return table

@@ -107,7 +107,9 @@ class Report:
             parts += [Text(), fidelity_table(self.fidelity)]
         ran = Table("pass", "seconds", "did", "left alone", box=None, pad_edge=False)
         for entry in self.passes:
-            ran.add_row(str(entry["name"]), f"{entry['seconds']:.1f}", _stats(entry["stats"]), _reasons(entry))
+            # As `Text`: a name with brackets in it is no markup.
+            told = (Text(_stats(entry["stats"])), Text(_reasons(entry)))
+            ran.add_row(str(entry["name"]), f"{entry['seconds']:.1f}", *told)
         if self.passes:
             parts += [Text(), ran]
         return Group(*parts)
@@ -125,7 +127,7 @@ def fidelity_table(fidelity: Mapping[str, Any]) -> RenderableType:
     for entry in fidelity["outputs"]:
         agreement = entry["top1_agreement"]
         table.add_row(
-            entry["output"],
+            Text(entry["output"]),
             f"{entry['relative_l2']:.1e}",
             f"{entry['max_abs']:.1e}",
             f"{entry['cosine']:.6f}",

@@ -52,12 +52,14 @@ class Sheet:
     def table(self) -> Table:
         """For a terminal."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False)
         for column in self.columns:
             table.add_column(column.title, justify="right" if column.numeric else "left")
         for row in self.rows:
-            table.add_row(*(column.text(row) for column in self.columns))
+            # As `Text`: a name with brackets in it is no markup.
+            table.add_row(*(Text(column.text(row)) for column in self.columns))
         return table
 
     def csv(self) -> str:

@@ -224,7 +224,8 @@ def session_arguments(
     providers: list[Any] = [(name, options)]
     if name != "CPUExecutionProvider":
         providers.append("CPUExecutionProvider")
-    return {"sess_options": chosen, "providers": providers}
+    # A provider that refuses its options is an error, not a reason to measure the CPU in its place.
+    return {"sess_options": chosen, "providers": providers, "enable_fallback": 0}
 
 
 class Worker:

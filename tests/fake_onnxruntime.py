@@ -78,7 +78,10 @@ class Binding:
 
 
 class InferenceSession:
-    def __init__(self, path, sess_options, providers=None):
+    def __init__(self, path, sess_options, providers=None, enable_fallback=1):
+        if "refused" in path and providers and providers[0][0] == "CUDAExecutionProvider":
+            assert not enable_fallback
+            raise RuntimeError("no such option")
         log("session", providers, sess_options.entries)
         if "crash" in path:
             os.abort()

@@ -221,6 +221,18 @@ def test_bad_usage_of_bench(run: Run, tiny: Path, options: list[str]) -> None:
     assert run.err.startswith("onnxslim: ")
 
 
+def test_report_as_a_page(run: Run, tiny: Path, passes: dict[str, Any]) -> None:
+    run(
+        tiny, "out.onnx", "--passes", "keep", "--no-bench", "--bench-ep", "cpu(affinity=[0])", "--report", "r.html",
+        "--threads", "1",
+    )  # fmt: skip
+    page = Path("r.html").read_text()
+    for part in ("tiny.onnx → out.onnx", "<h2>Layers</h2>", "cpu(affinity=[0])", "Where this was measured"):
+        assert part in page
+    run(tiny, "out.onnx", "--report", "out.onnx", code=2)
+    run(tiny, "out.onnx", "--bench-ep", "tpu", code=2)
+
+
 def test_passes(run: Run, passes: dict[str, Any]) -> None:
     text = run("passes")
     assert "keep" in text

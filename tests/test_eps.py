@@ -20,7 +20,7 @@ def test_names_options_and_interpreters() -> None:
         "provider": "CPUExecutionProvider", "config": {}, "affinity": [0, 1], "options": {},
     }  # fmt: skip
     assert openvino.python == sys.executable
-    assert openvino.request()["options"] == {"device_type": "GPU.0", "cache_dir": "a b,c"}
+    assert openvino.request()["options"] == {"device_type": "GPU.0", "cache_dir": str(Path("a b,c").absolute())}
     assert openvino.pythons() == [sys.executable]
     assert cuda.request()["bind"] == "cuda"
     assert [ep.label for ep in (cpu, cuda)] == ["cpu(affinity=[0, 1], spin=true)", "cuda"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 
+from rich.console import Console
+
 from onnxslim.sheet import Column, Sheet, csv_text, markdown_text
 
 SHEET = Sheet(
@@ -37,3 +39,10 @@ def test_several_sheets_bear_their_names() -> None:
     assert csv_text([SHEET, SHEET]).count("things\r\n") == 2
     assert markdown_text([SHEET, SHEET]).count("### things\n\n| name") == 2
     assert SHEET.table().row_count == 2
+
+
+def test_a_name_with_brackets_is_shown_whole() -> None:
+    console = Console(width=80, no_color=True)
+    with console.capture() as shown:
+        console.print(Sheet("s", (Column("name", "name"),), [{"name": "[bold]x[/bold]"}]).table())
+    assert "[bold]x[/bold]" in shown.get()

@@ -115,12 +115,21 @@ def test_nodes_that_stay_on_the_cpu_are_counted(fake: Path, tmp_path: Path) -> N
     (cuda,) = eps.parse("cuda")
     for name in ("m.onnx", "fallback.onnx"):
         (tmp_path / name).touch()
-    found = bench.measure(
-        [tmp_path / "m.onnx", tmp_path / "fallback.onnx"], [cuda], {1: [{"x": X}]}, threads=[0], seconds=0.01
-    )
+    found = bench.measure([tmp_path / "m.onnx"], [cuda], {1: [{"x": X}]}, threads=[0], seconds=0.01)
     assert "3 of 5 nodes run on CPUExecutionProvider (2 TopK, 1 NonMaxSuppression)" in found["warnings"][0]
     assert "onnxslim doctor --setup cuda" in found["warnings"][0]
-    assert "nothing runs on CUDAExecutionProvider: ONNX Runtime fell back" in found["warnings"][1]
+    with pytest.raises(ModelError, match=r"nothing runs on CUDAExecutionProvider, ONNX Runtime fell back to CPU"):
+        bench.measure([tmp_path / "fallback.onnx"], [cuda], {1: [{"x": X}]}, seconds=0.01, starts=False)
+
+
+def test_a_provider_that_refuses_a_file_is_missing_and_the_others_are_measured(fake: Path, tmp_path: Path) -> None:
+    (tmp_path / "refused.onnx").touch()
+    feeds = {1: [{"x": X}]}
+    found = bench.measure([tmp_path / "refused.onnx"], eps.parse("cpu,cuda"), feeds, seconds=0.01, starts=False)
+    assert [row["ep"] for row in found["bench"]] == ["cpu"]
+    assert found["missing"] == [{"ep": "cuda", "reason": "cuda: no such option", "install": ""}]
+    with pytest.raises(ModelError, match="cuda: no such option"):
+        bench.measure([tmp_path / "refused.onnx"], eps.parse("cuda"), feeds, seconds=0.01, starts=False)
 
 
 def test_a_crash_of_the_runtime_names_the_signal(fake: Path, tmp_path: Path) -> None:
