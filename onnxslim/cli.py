@@ -251,11 +251,11 @@ def inspect(
     from onnxslim import inspection, pages
 
     if prunable:
-        from onnxslim.prunable import facts as groups
-        from onnxslim.prunable import table
+        from onnxslim import prunable as groups
 
-        found = groups(model, shapes)
-        _show(pages.to_json(found), table(found), json_to)
+        found = groups.facts(model, shapes)
+        outputs = _Outputs(csv_to, markdown_to)
+        _show(pages.to_json(found), groups.table(found), json_to, groups.sheets(found), outputs)
         return
     facts = inspection.inspect(model, shapes)
     outputs = _Outputs(csv_to, markdown_to)
