@@ -5,6 +5,7 @@ Those of operators that move data are in `onnxslim.rules_movement`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -363,10 +364,14 @@ def recurrent(c: Coupling, node: ir.Node) -> None:
             elif (value is not w or axis != 2) and (value is not r or axis == 0 or units is None):
                 c.freeze(labels, why)
     for output in outputs:
-        c.set(output, [None] * (len(c.shape(output)) - 1) + [units])
+        c.set(output, [*[None] * (len(c.shape(output)) - 1), units])
     if units is not None:
         c.sites.append(Site(node, 0, 3, units, 2, 2, rank=4, source=node.outputs[0]))
-        c.edit(lambda kept: set_attribute(node, "hidden_size", int(kept(units).sum())))
+        c.edit(functools.partial(_hidden_size, node, units))
+
+
+def _hidden_size(node: ir.Node, units: Labels, kept: Callable[[Labels], np.ndarray]) -> None:
+    set_attribute(node, "hidden_size", int(kept(units).sum()))
 
 
 @rule("Shape Size")
