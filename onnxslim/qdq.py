@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 from onnxslim.quantization import QParams, activation_params, bias_params, quantize
-from onnxslim.units import LOWERED, Kind, Unit, connect, find_units, sources, stored_values
+from onnxslim.units import LOWERED, MOVES, Kind, Unit, connect, find_units, sources, stored_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,25 +240,7 @@ class _Writer:
                 row.replace_input_with(index, value)
             return
         bias = self._stored_bias(unit, f"{constant.name}", kept, weight, shift)
-        source, stored_weight = unit.node.inputs[0], unit.node.inputs[1]
-        assert source is not None
-        if len(shape) != 2:
-            dq = source.producer()
-            assert dq is not None
-            form = g.add_constant(self.graph, f"{unit.name}_matrix", np.array([-1, stored_weight.shape[0]], np.int64))  # type: ignore[union-attr, index]
-            flat = g.add_node(self.graph, "Reshape", [dq.inputs[0], form], before=unit.node, hint=unit.name)
-            flat.outputs[0].dtype = ir.DataType.UINT8
-            inputs = [flat.outputs[0], *dq.inputs[1:]]
-            source = g.add_node(self.graph, "DequantizeLinear", inputs, before=unit.node, hint=unit.name).outputs[0]
-            source.dtype = ir.DataType.FLOAT
-        end = gemm = g.add_node(self.graph, "Gemm", [source, stored_weight, bias], before=row, hint=unit.name)
-        gemm.name = unit.name
-        gemm.outputs[0].dtype = ir.DataType.FLOAT
-        if len(shape) != 2:
-            form = g.add_constant(self.graph, f"{unit.name}_shape", np.array(shape, np.int64))
-            end = g.add_node(self.graph, "Reshape", [gemm.outputs[0], form], before=row, hint=unit.name)
-        end.outputs[0].type, end.outputs[0].shape = row.outputs[0].type, row.outputs[0].shape
-        g.replace(row.outputs[0], end.outputs[0])
+        merge_row(self.graph, unit.node, row, bias, unit.name)
 
     def _dequantized(self, unit: Unit, name: str, stored: np.ndarray, params: QParams) -> ir.Value:
         """A DequantizeLinear of a new constant."""
@@ -271,3 +253,37 @@ class _Writer:
         node = g.add_node(self.graph, "DequantizeLinear", inputs, before=unit.node, hint=name, attributes=attributes)
         node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(stored.shape)
         return node.outputs[0]
+
+
+def merge_row(graph: ir.Graph, node: ir.Node, row: ir.Node, bias: ir.Value, name: str) -> None:
+    """Make one Gemm of a MatMul and the Add ``row`` behind it; ``bias`` is what the Gemm adds instead.
+
+    The MatMul reads a DequantizeLinear and a matrix; with an input of other than two axes, the integers are reshaped,
+    for which the shape of the result must be known.
+    """
+    source, stored_weight = node.inputs[0], node.inputs[1]
+    shape = g.known_shape(row.outputs[0])
+    assert source is not None and stored_weight is not None and stored_weight.shape is not None and shape is not None
+    if len(shape) != 2:
+        dq = source.producer()
+        assert dq is not None
+        form = g.add_constant(graph, f"{name}_matrix", np.array([-1, stored_weight.shape[0]], np.int64))
+        flat = g.add_node(graph, "Reshape", [dq.inputs[0], form], before=node, hint=name)
+        if dq.inputs[0] is not None and dq.inputs[0].dtype is not None:
+            flat.outputs[0].dtype = dq.inputs[0].dtype
+        inputs = [flat.outputs[0], *dq.inputs[1:]]
+        source = g.add_node(graph, "DequantizeLinear", inputs, before=node, hint=name).outputs[0]
+        source.dtype = ir.DataType.FLOAT
+    end = gemm = g.add_node(graph, "Gemm", [source, stored_weight, bias], before=row, hint=name)
+    gemm.name = name
+    gemm.outputs[0].dtype = ir.DataType.FLOAT
+    if len(shape) != 2:
+        form = g.add_constant(graph, f"{name}_shape", np.array(shape, np.int64))
+        end = g.add_node(graph, "Reshape", [gemm.outputs[0], form], before=row, hint=name)
+    end.outputs[0].type, end.outputs[0].shape = row.outputs[0].type, row.outputs[0].shape
+    g.replace(row.outputs[0], end.outputs[0])
+
+
+def moves_values(node: ir.Node) -> bool:
+    """True for an operator that only moves or selects the values of its first input."""
+    return g.is_op(node, *MOVES) or (g.is_op(node, "Resize") and g.attribute(node, "mode", "nearest") == "nearest")

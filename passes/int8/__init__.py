@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from onnxslim import equalize, qdq, runtime
+from onnxslim import equalize, integer, qdq
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
 from onnxslim.graph import is_op
@@ -17,8 +17,6 @@ from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.accuracy import Judge
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_nodes
-
-INTEGER_KERNELS = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +86,18 @@ class Int8(Pass):
             return _nothing(layers, reasons, figures)
         qdq.insert(draft, ready.plan(ready.choose(products)))
         forget_ranks(draft, set(guessed))
-        kernels = _integer_kernels(draft, ctx)
+        proof = integer.prove(draft, ctx.calibration.feed(ctx.calibration[0]), threads=ctx.threads)
+        reasons.update(
+            {x.name: f"stays in float: {x.reason}" for x in proof.layers if x.name in products and not x.kernel}
+        )
         model.graph = draft.graph
         total = sum(ready.macs.values())
         stats = {
             "layers": len(layers),
             "int8_layers": len(products),
             "int8_macs_fraction": round(sum(ready.macs[n] for n in products) / max(total, 1), 4),
-            "integer_kernels": kernels,
+            "integer_macs_fraction": round(proof.fraction, 4),
+            "integer_kernels": proof.kernels,
             "ranges": ready.methods,
             "restored": [n for n in wanted if n not in products],
         }
@@ -138,12 +140,3 @@ def _nothing(layers: list[str], reasons: dict[str, str], figures: dict[str, Any]
 
 def _skips(reasons: dict[str, str]) -> list[Skip]:
     return [Skip(name, reason) for name, reason in reasons.items()]
-
-
-def _integer_kernels(model: ir.Model, ctx: Context) -> dict[str, int]:
-    """How many products really run as integer kernels, by kernel, in the graph that the provider executes."""
-    counts: dict[str, int] = {}
-    for node in runtime.optimized(model, threads=ctx.threads).graph:
-        if node.op_type in INTEGER_KERNELS:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts
