@@ -104,6 +104,9 @@ _FILE = click.Path(path_type=Path)
 @click.option("--eval", "evaluation", metavar="DATA", help="Samples that judge the result; array 'labels' for top1.")
 @click.option("--metric", metavar="NAME", help="top1, top5, cosine, psnr or module:function(outputs, sample).")
 @click.option("--max-drop", metavar="DROP", help="Largest accepted drop of the metric: 1% (points) or 0.01.")
+@click.option(
+    "--require-int8", metavar="SHARE", help="Share of the MACs that must run on integers, as 95%: else exit 1."
+)
 @click.option("--target", default="cpu", metavar="EP", help="Execution provider it is meant for.", show_default=True)
 @_SHAPE
 @click.option(
@@ -127,6 +130,7 @@ def optimize_command(
     evaluation: str | None,
     metric: str | None,
     max_drop: str | None,
+    require_int8: str | None,
     target: str,
     shapes: dict[str, list[int]],
     fixed: dict[str, list[int]],
@@ -143,7 +147,7 @@ def optimize_command(
 
     result = optimize(
         source, passes, calib, evaluation, metric, max_drop, target, seed, Bars(),
-        shapes=shapes, fix_shapes=fixed, threads=threads, bench=not no_bench,
+        shapes=shapes, fix_shapes=fixed, threads=threads, bench=not no_bench, require_int8=require_int8,
     )  # fmt: skip
     result.save(target_path, external=True if external_data else None)
     _show(result.report.to_json(), result.report.table(), json_to)
@@ -180,13 +184,14 @@ def _show(json_text: str, table: Any, json_to: str | None) -> None:
 @cli.command()
 @click.argument("model", type=_FILE)
 @click.option("--nodes", is_flag=True, help="One row per node instead of per operator.")
+@click.option("--ep", metavar="EP", help="Also say what runs there on integers, and why the rest does not: cpu.")
 @_SHAPE
 @_JSON
-def inspect(model: Path, nodes: bool, shapes: dict[str, list[int]], json_to: str | None) -> None:
+def inspect(model: Path, nodes: bool, ep: str | None, shapes: dict[str, list[int]], json_to: str | None) -> None:
     """Inputs, outputs, parameters, MACs and bytes of a model."""
     from onnxslim import pages
 
-    facts = pages.inspect(model, shapes)
+    facts = pages.inspect(model, shapes, ep)
     _show(pages.to_json(facts), pages.inspect_table(facts, nodes), json_to)
 
 

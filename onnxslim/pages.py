@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onnxslim import cost, metrics, pipeline, runtime, verify
+from onnxslim import cost, integer, metrics, pipeline, runtime, verify
 from onnxslim import data as data_io
 from onnxslim import doctor as diagnosis
 from onnxslim import model as model_io
@@ -33,8 +33,8 @@ def to_json(facts: Mapping[str, Any]) -> str:
     return json.dumps(plain(facts), indent=2, allow_nan=False)
 
 
-def inspect(source: Any, shapes: Shapes) -> dict[str, Any]:
-    """Interface, totals and per-node figures of a model in any form."""
+def inspect(source: Any, shapes: Shapes, ep: str | None = None) -> dict[str, Any]:
+    """Interface, totals and per-node figures of a model in any form; with ``ep``, what runs there on integers."""
     model = model_io.load(source)
     notes = list(model.meta[model_io.WARNINGS])
     try:
@@ -64,6 +64,7 @@ def inspect(source: Any, shapes: Shapes) -> dict[str, Any]:
         },
         "table": [dataclasses.asdict(row) for row in counted.table],
         "unknown_macs": list(counted.unknown),
+        "integer": None if ep is None else integer.prove(model, feed, ep=ep).to_dict(),
         "warnings": notes,
     }
 
@@ -98,7 +99,28 @@ def inspect_table(facts: Mapping[str, Any], nodes: bool) -> RenderableType:
     notes = [Text(f"! {line}", "yellow") for line in facts["warnings"]]
     if facts["unknown_macs"]:
         notes.append(Text(f"! MACs of {len(facts['unknown_macs'])} nodes could not be counted", "yellow"))
-    return Group(*notes, head, Text(), table)
+    proof = [] if facts["integer"] is None else [Text(), *_integer_tables(facts["integer"])]
+    return Group(*notes, head, Text(), table, *proof)
+
+
+def _integer_tables(proof: Mapping[str, Any]) -> list[RenderableType]:
+    kernels = ", ".join(f"{count} {op}" for op, count in proof["integer_kernels"].items())
+    title = (
+        f"on {proof['ep']}, {proof['integer_layers']} of {proof['layers']} products and "
+        f"{proof['integer_macs_fraction']:.1%} of their MACs run on integers{f': {kernels}' if kernels else ''}"
+    )
+    parts: list[RenderableType] = [Text(title)]
+    parts += [
+        Text(f"! {f['node']} computes something else than the file says: {f['reason']}", "yellow")
+        for f in proof["wrong"]
+    ]
+    if proof["not_integer"]:
+        table = Table("in float", "operator", "MACs", "because", box=None, pad_edge=False)
+        for row in proof["not_integer"]:
+            table.add_row(row["node"], row["op_type"], f"{row['macs']:,}", row["reason"])
+        table.columns[2].justify = "right"
+        parts.append(table)
+    return parts
 
 
 def _samples(path: Path, source: str | None, shapes: Shapes, seed: int) -> Data:

@@ -26,6 +26,8 @@ class Report:
         metric: ``name``, ``before``, ``after``, ``drop``, ``max_drop``, ``samples``; None without a metric.
         bench: one entry per execution provider: ``ep``, ``latency_ms`` of the result and ``original_latency_ms``
             (``median``, ``p10``, ``p90``), ``speedup`` and its 95 % ``interval``; empty when nothing was measured.
+        integer: with ``require_int8``, which products run as integer kernels and why the others do not, see
+            `onnxslim.integer.Proof`.
         environment: versions, processor, seed, threads, input shapes, and the pipeline that ran.
         warnings: what the user has to know, most important first.
     """
@@ -36,6 +38,7 @@ class Report:
     fidelity: dict[str, Any] | None = None
     metric: dict[str, Any] | None = None
     bench: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    integer: dict[str, Any] | None = None
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
 

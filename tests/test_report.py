@@ -67,6 +67,7 @@ def test_json_has_the_keys_of_the_contract() -> None:
         "fidelity",
         "metric",
         "bench",
+        "integer",
         "environment",
         "warnings",
     ]
