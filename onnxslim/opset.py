@@ -1,13 +1,15 @@
 """Raises a model to a newer version of the standard operator set, in place, without touching anything else.
 
 `onnx.version_converter` works on a serialized copy: it drops metadata, needs the weights in memory, and refuses Q/DQ
-models. Between opsets 7 and 13 few operators changed in more than the types they accept; each change is a rule here:
+models. Between opsets 7 and 21 few operators changed in more than the types they accept; each change is a rule here:
 
-* attributes that became inputs: Squeeze, Unsqueeze, ReduceSum, Split (13); Clip, Pad (11); TopK, Slice (10);
+* attributes that became inputs: the other reductions (18); Squeeze, Unsqueeze, ReduceSum, Split (13); Clip, Pad (11);
+  TopK, Slice (10); a Split into equal parts names their number (18);
 * Softmax, LogSoftmax, Hardmax: to 12 they flatten the tensor at ``axis`` (default 1) and normalize over the rest, from
   13 over ``axis`` alone (default -1);
 * Upsample, and Resize of opset 10, become Resize with asymmetric coordinates; Scatter becomes ScatterElements;
-* Dropout is the identity at inference; BatchNormalization loses ``spatial``.
+* Dropout is the identity at inference; BatchNormalization loses ``spatial``;
+* RoiAlign (16), DFT, GridSample (20) and GroupNormalization (21) mean something else, and a model with them stays.
 
 Every other operator must have kept its inputs and attributes, which the schemas of the installed onnx decide; a model
 with one that has not is left alone, with the reason.
@@ -23,7 +25,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 
-OLDEST = 7
+OLDEST, NEWEST = 7, 21
 
 
 class _CannotError(Exception):
@@ -31,7 +33,7 @@ class _CannotError(Exception):
 
 
 def raise_opset(model: ir.Model, version: int = 13) -> str | None:
-    """Bring ``model`` to at least opset ``version`` (13 or older), in place.
+    """Bring ``model`` to at least opset ``version`` (21 or older), in place.
 
     Returns:
         None when the model is at ``version`` or newer afterwards, else why it was left as it was.
@@ -39,8 +41,8 @@ def raise_opset(model: ir.Model, version: int = 13) -> str | None:
     old = g.opset(model)
     if old >= version:
         return None
-    if old < OLDEST or version > 13:
-        return f"opset {old} cannot be raised to {version}: only 7 to 13 are known"
+    if old < OLDEST or version > NEWEST:
+        return f"opset {old} cannot be raised to {version}: only {OLDEST} to {NEWEST} are known"
     draft = model.clone()
     try:
         for node in list(draft.graph.all_nodes()):
@@ -134,6 +136,18 @@ def _axes(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
 def _split(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
     if new >= 13:
         _to_input(model, node, "split", 1)
+    if since < 18 <= new and (len(node.inputs) < 2 or node.inputs[1] is None):
+        g.set_attribute(node, "num_outputs", len(node.outputs))
+
+
+def _reduce(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < 18 <= new:
+        _to_input(model, node, "axes", 1)
+
+
+def _changed(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < _MEANING[node.op_type] <= new:
+        raise _CannotError(f"{node.op_type} means something else from opset {_MEANING[node.op_type]} on")
 
 
 def _clip(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
@@ -241,6 +255,13 @@ def _scatter(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
         node.op_type = "ScatterElements"
 
 
+# First opset in which an operator of the same name, inputs and attributes does something else.
+_MEANING = {"RoiAlign": 16, "GridSample": 20, "DFT": 20, "GroupNormalization": 21}
+_REDUCTIONS = (
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSumSquare",
+)  # fmt: skip
+
 _RULES: dict[str, Callable[[ir.Model, ir.Node, int, int], None]] = {
     "Squeeze": _axes,
     "Unsqueeze": _axes,
@@ -258,4 +279,6 @@ _RULES: dict[str, Callable[[ir.Model, ir.Node, int, int], None]] = {
     "Resize": _resize,
     "Upsample": _resize,
     "Scatter": _scatter,
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    **dict.fromkeys(_MEANING, _changed),
 }

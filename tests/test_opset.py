@@ -61,6 +61,9 @@ CASES: dict[str, ir.Model] = {
     "reduce-sum-11": _model("ReduceSum", 11, axes=[1, -1], keepdims=0),
     "reduce-sum-all-12": _model("ReduceSum", 12),
     "reduce-mean-11": _model("ReduceMean", 11, axes=[-1]),
+    "reduce-max-13": _model("ReduceMax", 13, axes=[1, -1], keepdims=0),
+    "reduce-l2-all-13": _model("ReduceL2", 13),
+    "split-uneven-13": _model("Split", 13, {"s": _i(1, 2)}, axis=1, outputs=2),
     "split-11": _model("Split", 11, axis=1, split=[1, 2], outputs=2),
     "split-even-12": _model("Split", 12, axis=2, outputs=2),
     "clip-7": _model("Clip", 7, min=-0.5, max=1.0),
@@ -113,12 +116,13 @@ def _outputs(model: ir.Model) -> list[Any]:
     return list(runtime.load(model, optimize=False)({"x": feed}).values())
 
 
+@pytest.mark.parametrize("version", [13, 21])
 @pytest.mark.parametrize("name", CASES)
-def test_same_outputs(name: str) -> None:
+def test_same_outputs(name: str, version: int) -> None:
     model = CASES[name].clone()
     before = _outputs(model)
-    assert raise_opset(model) is None
-    assert opset(model) == 13
+    assert raise_opset(model, version) is None
+    assert opset(model) == version
     onnx.checker.check_model(model_io.to_proto(model))
     for a, b in zip(before, _outputs(model), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -172,6 +176,21 @@ def test_keeps_a_newer_opset() -> None:
     model = _model("Softmax", 17, axis=1)
     assert raise_opset(model) is None
     assert opset(model) == 17
+
+
+def test_what_changed_its_meaning_is_refused() -> None:
+    """From opset 16 on, RoiAlign shifts its boxes by half a pixel unless it is told not to."""
+    boxes = {"r": np.array([[0, 0, 2, 2]], np.float32), "b": _i(0)}
+    model = _model("RoiAlign", 11, boxes, symbolic=True)
+    assert raise_opset(model, 13) is None
+    assert "RoiAlign" in (raise_opset(model, 21) or "")
+    assert opset(model) == 13
+
+
+@pytest.mark.parametrize("version", [12, 22])
+def test_unknown_versions_are_refused(version: int) -> None:
+    reason = raise_opset(_model("Relu", 6 if version == 12 else 13), version)
+    assert reason is not None
 
 
 @pytest.mark.parametrize(
