@@ -169,7 +169,7 @@ class _Repairs:
         if "output_dtype" in q.attributes:
             g.set_attribute(q, "output_dtype", int(ir.DataType.UINT8))
         for value in chain.values:
-            value.dtype = ir.DataType.UINT8
+            value.type = ir.TensorType(ir.DataType.UINT8)  # clones share type objects
 
     def _one_scale(self, node: ir.Node) -> bool:
         """A vector of equal scales is one scale."""
