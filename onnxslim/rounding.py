@@ -97,29 +97,62 @@ def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, limit: 
     Args:
         moments: H, (K, K), symmetric and positive semidefinite.
     """
-    width = rows.shape[1]
+    steps = scale[:, None].astype(np.float64)
+    one = np.ones((1, rows.shape[1]))
+    spread = spreading(moments)
+    return round_columns(rows.astype(np.float64) / steps, one, 0 * one, spread, -limit, limit).astype(np.int8)
+
+
+def spreading(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order (K,) in which columns are rounded, and the factor (K, K) that spreads the error of each.
+
+    Args:
+        moments: H, (K, K), symmetric and positive semidefinite.
+
+    Raises:
+        scipy.linalg.LinAlgError: moments that are singular to working precision.
+    """
+    width = len(moments)
     diagonal = np.diag(moments)
     # The columns that matter most are rounded first: their error can still be made up for.
     order = np.argsort(-diagonal, kind="stable")
-    steps = scale[:, None].astype(np.float64)
-    left = rows[:, order].astype(np.float64) / steps
     damped = moments[np.ix_(order, order)] + np.eye(width) * max(DAMPING * float(diagonal.mean()), 1e-30)
     # Upper triangular with factorᵀ factor = H⁻¹: row k spreads the error of column k. From the Cholesky factor of the
     # reversed matrix, whose inverse is triangular as well.
     upper = linalg.cholesky(damped[::-1, ::-1], lower=True, check_finite=False)[::-1, ::-1]
-    factor = linalg.solve_triangular(upper, np.eye(width), check_finite=False)
+    return order, linalg.solve_triangular(upper, np.eye(width), check_finite=False)
+
+
+def round_columns(
+    rows: np.ndarray,
+    step: np.ndarray,
+    zero: np.ndarray,
+    spread: tuple[np.ndarray, np.ndarray],
+    low: int,
+    high: int,
+) -> np.ndarray:
+    """Whole numbers q in [low, high] for ``rows`` (outputs, K), so that (q - zero) * step is off by least.
+
+    Args:
+        step, zero: of every element, (outputs, K) or broadcastable.
+        spread: see `spreading`.
+    """
+    width = rows.shape[1]
+    order, factor = spread
+    left = rows[:, order].astype(np.float64)
+    step, zero = (np.broadcast_to(a, rows.shape)[:, order] for a in (step, zero))
     result = np.empty_like(left)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         errors = np.empty((len(left), stop - start))
         for k in range(start, stop):
-            result[:, k] = np.clip(np.rint(left[:, k]), -limit, limit)
-            errors[:, k - start] = (left[:, k] - result[:, k]) / factor[k, k]
+            result[:, k] = np.clip(np.rint(left[:, k] / step[:, k]) + zero[:, k], low, high)
+            errors[:, k - start] = (left[:, k] - (result[:, k] - zero[:, k]) * step[:, k]) / factor[k, k]
             left[:, k + 1 : stop] -= errors[:, k - start, None] * factor[k, k + 1 : stop]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     back = np.empty_like(result)
     back[:, order] = result
-    return back.astype(np.int8)
+    return back
 
 
 def refine(weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int) -> np.ndarray:
