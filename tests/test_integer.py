@@ -127,6 +127,13 @@ def test_shares_that_are_none(text: str) -> None:
         integer.share(text)
 
 
+def test_models_whose_weights_lie_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files behind the session are gone when the graph is looked at; weights that no kernel changed stay in them."""
+    monkeypatch.setattr(runtime, "IN_MEMORY", 0)
+    proof = integer.prove(model_io.load(group("Conv", copies=2, storage=np.int8, readers=2)))
+    assert [layer.kernel for layer in proof.layers] == [None, "QLinearConv"]
+
+
 def test_a_sound_group_breaks_no_rule() -> None:
     node = next(n for n in model_io.load(group("Gemm")).graph if n.name == "layer0")
     assert findings(node) == wrong_results(node) == []
