@@ -47,7 +47,7 @@ class Gram:
         self.square = np.zeros((self.groups, self.width, self.width))
 
     def update(self, array: np.ndarray) -> None:
-        rows = self._windows(array) if self.is_conv else array.reshape(1, -1, array.shape[-1])
+        rows = self.windows(array)
         rows = rows[:, :: max(-(-rows.shape[1] // self.rows), 1)].astype(np.float32)
         if not np.isfinite(rows).all() or not rows.shape[1]:
             return
@@ -64,8 +64,10 @@ class Gram:
         self.count += rows.shape[1]
         self.square += rows.transpose(0, 2, 1) @ rows
 
-    def _windows(self, array: np.ndarray) -> np.ndarray:
-        """(groups, positions, K) of an input (n, channels, ...)."""
+    def windows(self, array: np.ndarray) -> np.ndarray:
+        """(groups, positions, K): what each output of the product multiplies; of a Conv, thinned out."""
+        if not self.is_conv:
+            return array.reshape(1, -1, array.shape[-1])
         rank = len(self.window)
         padded = np.pad(array, [(0, 0), (0, 0), *zip(self.pads[:rank], self.pads[rank:], strict=True)])
         reach = [(k - 1) * d + 1 for k, d in zip(self.window, self.dilations, strict=True)]
@@ -155,7 +157,9 @@ def round_columns(
     return back
 
 
-def refine(weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int) -> np.ndarray:
+def refine(
+    weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int, limit: int = 127
+) -> np.ndarray:
     """``stored`` again with the rounding that suits the inputs seen; never worse than before under their moments."""
     moments = gram.matrix
     if not gram.count or not np.isfinite(moments).all():
@@ -168,7 +172,7 @@ def refine(weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, 
     for group in range(gram.groups):
         part = slice(group * per_group, (group + 1) * per_group)
         try:
-            trial = round_rows(rows[part], scale[part], moments[group])
+            trial = round_rows(rows[part], scale[part], moments[group], limit)
         except linalg.LinAlgError:  # moments that are singular to working precision: plain rounding stays
             continue
 
