@@ -98,22 +98,19 @@ def quality(model: zoo.Model, file: Path, threads: int) -> dict[str, Any]:
 def latency(model: zoo.Model, files: list[Path], threads: int, seconds: float) -> list[dict[str, Any]]:
     """For each file: milliseconds, and its speed over the original, all measured in turn on calibration samples.
 
-    Calibration samples are single inputs, while the evaluation data of some models is one large batch. Two sessions of
-    one file differ by more than the rounds of a session do, so the original runs twice, and every interval is wider by
-    how much its two sessions differ.
+    Calibration samples are single inputs, while the evaluation data of some models is one large batch.
     """
     feeds = list(samples(model)[0].spread(TIMED).feeds())
-    runners = [runtime.load(file, threads=threads) for file in (model.path, model.path, *files)]
-    found = runtime.compare_latency(runners, [feeds] * len(runners), seconds=seconds * len(runners))
-    noise = abs(1 - found.speedup[1])
+    seconds *= len(files) + 1
+    found = runtime.compare_models([model.path, *files], feeds, threads=threads, seconds=seconds)
     return [
         {
             "before": dataclasses.asdict(found.latency[0]),
             "after": dataclasses.asdict(found.latency[k]),
             "speedup": found.speedup[k],
-            "interval": [found.interval[k][0] - noise, found.interval[k][1] + noise],
+            "interval": list(found.interval[k]),
         }
-        for k in range(2, len(runners))
+        for k in range(1, len(files) + 1)
     ]
 
 

@@ -23,7 +23,7 @@ class Row:
         fidelity: ``relative_l2``, ``cosine``, ``top1`` agreement of the worst output; ``broken`` says by how much it
             is further off than a lossless result may be, None when it is not.
         before, after: ``nodes``, ``parameters``, ``macs``, ``bytes``.
-        latency: ``before`` and ``after`` in ms, ``speedup`` and its 95 % ``interval``.
+        latency: ``before`` and ``after`` in ms, ``speedup`` and its 99 % ``interval``.
         seconds: of the whole command that made the file.
     """
 

@@ -11,8 +11,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxslim import cost, doctor, integer, metrics, pipeline, repro, runtime, verify
+from onnxslim import cost, doctor, integer, metrics, pipeline, repro, runtime, timing, verify
 from onnxslim import data as data_io
+from onnxslim import details as extras
 from onnxslim import model as model_io
 from onnxslim.checks import Budget, Checks, check_samples, generated
 from onnxslim.contract import Context, Effect, NoProgress, Pass, Progress
@@ -20,10 +21,11 @@ from onnxslim.data import Data, Sample, Source
 from onnxslim.errors import CheckError, DataError, ModelError, UsageError
 from onnxslim.report import Report, plain
 
-DEFAULT_PASSES = "simplify,fold"
+DEFAULT_PASSES = "simplify,fold,fuse"
 # Samples that are generated without data, that check a lossless pass, and that latency is measured on.
 _SYNTHETIC, _CHECKED, _TIMED = 8, 3, 8
 _HELD_OUT = 0.25
+_BENCH_LOSSY, _BENCH_LOSSLESS = 3.0, 1.0
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -43,6 +45,9 @@ class Result:
     report: Report
     exit_code: int = 0
     repro: Path | None = None
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     def save(self, path: str | os.PathLike[str], *, external: bool | None = None) -> Path:
         """Write the model to ``path`` atomically; see `onnxslim.model.save`."""
@@ -68,7 +73,8 @@ def optimize(
     fix_shapes: Shapes | None = None,
     threads: int = 0,
     bench: bool = True,
-    bench_seconds: float = 3.0,
+    bench_seconds: float | None = None,
+    details: bool = False,
     require_int8: str | None = None,
 ) -> Result:
     """Run ``passes`` over ``model``, each checked and undone when it breaks its promise; ``model`` is not changed.
@@ -89,7 +95,9 @@ def optimize(
         fix_shapes: concrete input shapes to write into the model.
         threads: intra-operator threads of every session (0: the runtime's choice).
         bench: measure the latency of both models; a lossless pipeline then also drops a pass that makes it slower.
-        bench_seconds: how long to measure.
+        bench_seconds: how long to measure, loading included: by default 3 s after a lossy pass, else 1 s.
+        details: find out for the report what each layer costs before and after, where the error comes in, and what the
+            model was after each pass.
         require_int8: ``"95%"`` or ``"0.95"``: the share of the multiply-accumulates that must run as integer kernels on
             the CPU provider; ``exit_code`` is 1 when fewer do, and the report names the layers that do not.
 
@@ -120,8 +128,12 @@ def optimize(
     must_run = given.any or any(p.needs_data for p in chosen)
     samples, runner = _samples(original, _as_given(model, original), given, lossy, must_run, ctx)
     ctx.calibration, ctx.synthetic = samples.calibration, samples.synthetic
+    if bench_seconds is None:
+        bench_seconds = _BENCH_LOSSY if lossy else _BENCH_LOSSLESS
     run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
     result = run.finish(*run.passes(chosen), wanted)
+    if details and runner is not None:
+        result.report.details = run.details(result.model)
     if isinstance(model, str | os.PathLike):
         model_io.own_weights(result.model, model)
     return result
@@ -198,8 +210,8 @@ def _as_given(source: Any, loaded: ir.Model) -> ir.Model | str | bytes:
 class _Speed:
     """Latency of a model and of the original, and the ratio of the two with its interval."""
 
-    original: runtime.Latency
-    latency: runtime.Latency
+    original: timing.Latency
+    latency: timing.Latency
     speedup: float
     interval: tuple[float, float]
 
@@ -228,7 +240,9 @@ class _Run:
         self.bench_seconds = bench_seconds if runner is not None else 0.0
         self.repro: Path | None = None
         self.crashed = ""
+        self.ep = ctx.target if runtime.available(ctx.target) else "cpu"
         self.bench: list[dict[str, Any]] = []
+        self._timed: tuple[ir.Model, _Speed] | None = None
         self.checks = self._checks()
 
     def _checks(self) -> Checks:
@@ -304,46 +318,46 @@ class _Run:
     def _offender(self, chosen: Sequence[Pass]) -> tuple[Pass, float] | None:
         """The kept pass that made the model slower than the original beyond noise, twice measured; and the ratio."""
         kept = self.checks.kept[1:]
-        if not kept:
+        if not kept or self._speed(kept[-1][1]).interval[1] >= 1:
             return None
-        for _ in range(2):
-            speeds = self._compare([model for _, model in kept])
-            if speeds[-1].interval[1] >= 1:
-                return None
+        speeds = self._compare([model for _, model in kept])
+        if speeds[-1].interval[1] >= 1:
+            return None
         ratios = [s.speedup for s in speeds]
         steps = [b / a for a, b in zip([1.0, *ratios], ratios, strict=False)]
         worst = min(range(len(steps)), key=steps.__getitem__)
         return next(p for p in chosen if str(p) == kept[worst][0]), steps[worst]
 
-    def _compare(self, models: Sequence[ir.Model], ep: str = "cpu") -> list[_Speed]:
-        """Latency of each of ``models`` beside the original's, interleaved, in sessions of their own.
+    def _speed(self, model: ir.Model) -> _Speed:
+        """Latency of ``model`` beside the original's; the last answer is kept."""
+        if self._timed is None or self._timed[0] is not model:
+            self._timed = model, self._compare([model])[0]
+        return self._timed[1]
 
-        Two sessions of one file differ by more than the rounds of a session do (where memory came to lie). The
-        original therefore runs twice, and every interval is wider by how much its two sessions differ.
-        """
-        source = _as_given(self.source, self.original)
+    def _compare(self, models: Sequence[ir.Model]) -> list[_Speed]:
+        """Latency of each of ``models`` beside the original's, measured in turn."""
+        self.checks.rest()
         model_io.forget_weights(models[-1])
-        runners = [runtime.load(m, ep=ep, threads=self.ctx.threads) for m in (source, source, *models)]
-        timed = self.samples.judging.spread(_TIMED)
-        feeds = [list(timed.feeds())] * len(runners)
-        compared = runtime.compare_latency(runners, feeds, seconds=self.bench_seconds, seed=self.ctx.seed)
-        noise = abs(1 - compared.speedup[1])
+        sources = [_as_given(self.source, self.original), *models]
+        feeds = list(self.samples.judging.spread(_TIMED).feeds())
+        compared = runtime.compare_models(
+            sources, feeds, ep=self.ep, threads=self.ctx.threads, seconds=self.bench_seconds, seed=self.ctx.seed
+        )
         return [
-            _Speed(compared.latency[0], latency, speedup, (low - noise, high + noise))
-            for latency, speedup, (low, high) in zip(
-                compared.latency[2:], compared.speedup[2:], compared.interval[2:], strict=True
+            _Speed(compared.latency[0], latency, speedup, interval)
+            for latency, speedup, interval in zip(
+                compared.latency[1:], compared.speedup[1:], compared.interval[1:], strict=True
             )
         ]
 
     def _measure_latency(self, model: ir.Model) -> None:
-        ep = self.ctx.target
-        if not runtime.available(ep):
-            self.ctx.warnings.append(f"the installed onnxruntime has no {runtime.PROVIDERS[ep]}: measured on cpu")
-            ep = "cpu"
-        (speed,) = self._compare([model], ep)
+        if self.ep != self.ctx.target:
+            provider = runtime.PROVIDERS[self.ctx.target]
+            self.ctx.warnings.append(f"the installed onnxruntime has no {provider}: measured on {self.ep}")
+        speed = self._speed(model)
         self.bench = [
             {
-                "ep": ep,
+                "ep": self.ep,
                 "latency_ms": dataclasses.asdict(speed.latency),
                 "original_latency_ms": dataclasses.asdict(speed.original),
                 "speedup": speed.speedup,
@@ -395,11 +409,24 @@ class _Run:
                 "seed": self.ctx.seed,
                 "shapes": {name: list(array.shape) for name, array in feed.items()},
             },
-            integer=None if proof is None else proof.to_dict(),
             warnings=self.ctx.warnings,
+            integer=None if proof is None else proof.to_dict(),
         )
         missed = bool(self.checks.failed or self.checks.missed or too_few)
         return Result(model, report, 123 if self.repro else int(missed), self.repro)
+
+    def details(self, model: ir.Model) -> dict[str, Any]:
+        """What the report shows beyond totals; see `onnxslim.details`."""
+        feeds = list(self.samples.judging.spread(_TIMED).feeds())
+        threads = self.ctx.threads
+        found = extras.collect(self.original, model, feeds, threads=threads)
+        if self.bench_seconds and len(self.checks.kept) > 1:
+            name = self.checks.budget.metric.name if self.checks.budget is not None else None
+            source = _as_given(self.source, self.original)
+            found |= extras.stages(
+                source, self.checks.kept, self.checks.measure, name, feeds, threads=threads, seconds=self.bench_seconds
+            )
+        return found
 
     def _comment(self, steps: Sequence[pipeline.Step]) -> None:
         """Say first what the user must not overlook."""

@@ -119,9 +119,6 @@ def dequantize(stored: np.ndarray, scales: np.ndarray, zeros: np.ndarray, form: 
 
 def store(model: ir.Model, form: Format, ctx: Context, *, keep: Collection[str] = (), samples: int = 32) -> Outcome:
     """Store the weights of the products of ``model`` in ``form``, in place, as the outcome of a pass."""
-    reason = raise_opset(model, OPSET)
-    if reason is not None:
-        return Outcome({"layers": 0, "stored": 0}, [Skip("*", reason)])
     name_nodes(model)
     chosen: list[ir.Node] = []
     skipped: list[Skip] = []
@@ -133,6 +130,10 @@ def store(model: ir.Model, form: Format, ctx: Context, *, keep: Collection[str] 
             chosen.append(node)
         else:
             skipped.append(Skip(node.name or node.op_type, why))
+    reason = raise_opset(model, OPSET) if chosen else None
+    if reason is not None:
+        skipped += [Skip(node.name or "", reason) for node in chosen]
+        chosen = []
     if not chosen:
         return Outcome({"layers": len(skipped), "stored": 0}, skipped)
     model.ir_version = max(model.ir_version, IR_VERSION)

@@ -91,6 +91,17 @@ class Moments:
         """Centred second moments."""
         return self.second(name) - np.outer(self.mean(name[0]), self.mean("z"))
 
+    def joined(self, other: Moments) -> Moments:
+        """The moments of the rows of both."""
+        self._flush()
+        other._flush()
+        result = Moments()
+        result.count = self.count + other.count
+        for sums in (self._sums, other._sums):
+            for name, part in sums.items():
+                result._sums[name] = result._sums[name] + part if name in result._sums else part
+        return result
+
     @property
     def empty(self) -> bool:
         """True when no row was seen."""

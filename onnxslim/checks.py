@@ -82,6 +82,12 @@ class Checks:
         if self._original is not None and all(r.settle() for r in references):
             self._original.rest()
 
+    def rest(self) -> None:
+        """Give back the memory of the sessions, which are made again when they are needed."""
+        for runner in (self._original, self._last[1] if self._last is not None else None):
+            if runner is not None:
+                runner.rest()
+
     def _run(self, after: ir.Model, item: Pass) -> str | None:
         try:
             model_io.forget_weights(after)

@@ -6,8 +6,11 @@ nothing was written; 123 a defect of onnxslim, and a folder ``repro`` holds what
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +56,8 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 def cli() -> None:
     """Make an ONNX file smaller and faster, with the proof that it is still right.
 
-    Without options the result computes exactly what the input does (simplify, fold). Every run is verified in ONNX
-    Runtime and measured; the input file is never touched.
+    Without options the result computes exactly what the input does (simplify, fold, fuse). Every run is verified in
+    ONNX Runtime and measured; the input file is never touched.
     """
 
 
@@ -88,6 +91,7 @@ _JSON = click.option(
     "--json", "json_to", is_flag=False, flag_value="-", metavar="[FILE]", help="JSON to stdout, or to FILE."
 )
 _FILE = click.Path(path_type=Path)
+_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 @cli.command(DEFAULT, hidden=True)
@@ -95,7 +99,7 @@ _FILE = click.Path(path_type=Path)
 @click.argument("target_path", metavar="OUT", type=_FILE)
 @click.option(
     "--passes",
-    default="simplify,fold",
+    default="simplify,fold,fuse",
     metavar="LIST",
     help="Pipeline, as 'prune(ratio=0.3),int8'; see 'onnxslim passes'.",
     show_default=True,
@@ -120,6 +124,8 @@ _FILE = click.Path(path_type=Path)
 @_THREADS
 @_SEED
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
+@click.option("--bench-ep", metavar="LIST", help="Measure latency on these execution providers too, as bench --ep.")
+@click.option("--report", "page_to", type=_FILE, metavar="FILE", help="Write an HTML report with plots.")
 @click.option("--external-data", is_flag=True, help="Put the weights in a file of their own (always above 1.8 GB).")
 @_JSON
 def optimize_command(
@@ -137,32 +143,46 @@ def optimize_command(
     threads: int,
     seed: int,
     no_bench: bool,
+    bench_ep: str | None,
+    page_to: Path | None,
     external_data: bool,
     json_to: str | None,
 ) -> int:
     """Optimize IN and write OUT."""
-    _check_target(source, target_path, json_to)
+    _check_target(source, target_path, json_to, page_to)
+    from onnxslim import bench, eps
     from onnxslim.api import optimize
     from onnxslim.console import Bars
 
+    providers = eps.parse(bench_ep) if bench_ep is not None else []
+
     result = optimize(
         source, passes, calib, evaluation, metric, max_drop, target, seed, Bars(),
-        shapes=shapes, fix_shapes=fixed, threads=threads, bench=not no_bench, require_int8=require_int8,
+        shapes=shapes, fix_shapes=fixed, threads=threads, bench=not no_bench,
+        details=page_to is not None, require_int8=require_int8,
     )  # fmt: skip
     result.save(target_path, external=True if external_data else None)
+    result.report.environment["command"] = shlex.join(["onnxslim", *sys.argv[1:]])
+    if providers:
+        facts = bench.measure_files(source, target_path, providers, calib, shapes, threads=threads, seed=seed)
+        result.report.bench += bench.entries(facts)
+        result.report.warnings += facts["warnings"]
+    if page_to is not None:
+        page_to.write_text(result.report.to_html(f"{source.name} → {target_path.name}"), encoding="utf-8")
     _show(result.report.to_json(), result.report.table(), json_to)
     if result.exit_code:
         message(f"onnxslim: {result.report.warnings[0]}")
     return result.exit_code
 
 
-def _check_target(source: Path, target: Path, json_to: str | None) -> None:
+def _check_target(source: Path, target: Path, json_to: str | None, page_to: Path | None) -> None:
     """Find out before the work that the result could not be written."""
     if not source.is_file():
         raise UsageError(f"{source}: {'is a folder, not an ONNX file' if source.is_dir() else 'no such file'}")
     report = [Path(json_to)] if json_to is not None and json_to != "-" else []
-    if report and report[0].absolute() == target.absolute():
-        raise UsageError(f"{target}: cannot hold both the model and the report")
+    report += [page_to] if page_to is not None else []
+    if len({path.absolute() for path in (target, *report)}) <= len(report):
+        raise UsageError(f"{target}: the model and every report need a file of their own")
     for path in (target, *report):
         if path.exists() and path.samefile(source):
             raise UsageError(f"{path}: is the input, which is never touched; give another name")
@@ -172,27 +192,80 @@ def _check_target(source: Path, target: Path, json_to: str | None) -> None:
             raise UsageError(f"{path}: the folder {path.parent} does not exist")
 
 
-def _show(json_text: str, table: Any, json_to: str | None) -> None:
-    if json_to == "-":
-        click.echo(json_text)
-        return
-    if json_to is not None:
-        Path(json_to).write_text(json_text + "\n")
+def _show(json_text: str, table: Any, json_to: str | None, sheets: Any = (), outputs: _Outputs | None = None) -> None:
+    """Each view where it was asked for; what goes to a file leaves the table on stdout."""
+    from onnxslim import sheet
+
+    wanted: list[tuple[str | None, Callable[[], str]]] = [(json_to, lambda: json_text + "\n")]
+    if outputs is not None:
+        wanted += [
+            (outputs.csv, lambda: sheet.csv_text(sheets)),
+            (outputs.markdown, lambda: sheet.markdown_text(sheets)),
+        ]
+    if sum(place == "-" for place, _ in wanted) > 1:
+        raise UsageError("--json, --csv and --markdown: only one of them can go to stdout; give the others a file")
+    for place, text in wanted:
+        if place is not None and place != "-":
+            Path(place).write_text(text())
+    for place, text in wanted:
+        if place == "-":
+            click.echo(text(), nl=False)
+            return
     out().print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    """Where CSV and Markdown go: ``-`` for stdout, a file, or None."""
+
+    csv: str | None
+    markdown: str | None
+
+
+def _views(command: Any) -> Any:
+    """The options ``--json``, ``--csv`` and ``--markdown``."""
+    for name, what in (("markdown", "Markdown"), ("csv", "CSV")):
+        command = click.option(
+            f"--{name}",
+            f"{name}_to",
+            is_flag=False,
+            flag_value="-",
+            metavar="[FILE]",
+            help=f"{what} to stdout, or to FILE.",
+        )(command)
+    return _JSON(command)
 
 
 @cli.command()
 @click.argument("model", type=_FILE)
-@click.option("--nodes", is_flag=True, help="One row per node instead of per operator.")
+@click.option("--nodes", is_flag=True, help="One row per node instead of per operator, the dearest first.")
+@click.option("--prunable", is_flag=True, help="Groups of channels that can be removed, and what stays and why.")
 @click.option("--ep", metavar="EP", help="Also say what runs there on integers, and why the rest does not: cpu.")
 @_SHAPE
-@_JSON
-def inspect(model: Path, nodes: bool, ep: str | None, shapes: dict[str, list[int]], json_to: str | None) -> None:
-    """Inputs, outputs, parameters, MACs and bytes of a model."""
-    from onnxslim import pages
+@_views
+def inspect(
+    model: Path,
+    nodes: bool,
+    prunable: bool,
+    ep: str | None,
+    shapes: dict[str, list[int]],
+    json_to: str | None,
+    csv_to: str | None,
+    markdown_to: str | None,
+) -> None:
+    """Inputs, outputs, parameters, MACs, bytes and activations of a model."""
+    from onnxslim import inspection, pages
 
-    facts = pages.inspect(model, shapes, ep)
-    _show(pages.to_json(facts), pages.inspect_table(facts, nodes), json_to)
+    if prunable:
+        from onnxslim.prunable import facts as groups
+        from onnxslim.prunable import table
+
+        found = groups(model, shapes)
+        _show(pages.to_json(found), table(found), json_to)
+        return
+    facts = inspection.inspect(model, shapes, ep)
+    outputs = _Outputs(csv_to, markdown_to)
+    _show(pages.to_json(facts), inspection.table(facts, nodes), json_to, inspection.sheets(facts, nodes), outputs)
 
 
 @cli.command()
@@ -201,60 +274,133 @@ def inspect(model: Path, nodes: bool, ep: str | None, shapes: dict[str, list[int
 @click.option("--data", metavar="DATA", help="Samples, as for --calib; without them inputs are generated.")
 @click.option("--metric", metavar="NAME", help="Measure a metric of both as well.")
 @click.option("--max-error", type=click.FloatRange(min=0), help="Exit with 1 if the relative L2 error is larger.")
+@click.option("--layers", "by_layer", is_flag=True, help="Compare layer by layer too: where does the error come in?")
 @_SHAPE
 @_THREADS
 @_SEED
-@_JSON
+@_views
 def compare(
     original: Path,
     other: Path,
     data: str | None,
     metric: str | None,
     max_error: float | None,
+    by_layer: bool,
     shapes: dict[str, list[int]],
     threads: int,
     seed: int,
     json_to: str | None,
+    csv_to: str | None,
+    markdown_to: str | None,
 ) -> int:
     """How far the outputs of OTHER are from those of ORIGINAL."""
-    from onnxslim import pages
+    from onnxslim import comparison, pages
     from onnxslim.console import Bars
 
-    facts = pages.compare(original, other, data, metric, shapes, threads=threads, seed=seed, progress=Bars())
-    _show(pages.to_json(facts), pages.compare_table(facts), json_to)
+    facts = comparison.compare(
+        original, other, data, metric, shapes, threads=threads, seed=seed, progress=Bars(), by_layer=by_layer
+    )
+    outputs = _Outputs(csv_to, markdown_to)
+    _show(pages.to_json(facts), comparison.table(facts), json_to, comparison.sheets(facts), outputs)
     for line in facts["warnings"]:
         message(f"onnxslim: {line}")
     too_far = max_error is not None and facts["fidelity"]["relative_l2"] > max_error
     return int(too_far or bool(facts["warnings"]))
 
 
+def _numbers(least: int) -> Any:
+    def read(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int]:
+        try:
+            found = [int(word) for word in text.split(",")] if text else []
+        except ValueError:
+            found = [least - 1]
+        if any(number < least for number in found) or len(set(found)) < len(found):
+            raise click.BadParameter(f"{text!r}: give different numbers of at least {least}, as 1,2,4", ctx, parameter)
+        return found
+
+    return read
+
+
 @cli.command()
 @click.argument("models", nargs=-1, required=True, type=_FILE)
 @click.option(
-    "--ep", default="cpu", metavar="LIST", help="Execution providers: cpu, cuda, openvino.", show_default=True
-)
+    "--ep", default="cpu", metavar="LIST", show_default=True,
+    help="Execution providers, as 'cpu,openvino@/path/to/python,cuda(graph=true)'.",
+)  # fmt: skip
 @click.option("--data", metavar="DATA", help="Samples, as for --calib; without them inputs are generated.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, help="How long to measure.", show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True,
+    help="How long to measure on each provider, loading and warming up apart.",
+)  # fmt: skip
+@click.option("--threads", default="0", callback=_numbers(0), metavar="N,...", help="Threads; 0: the runtime's choice.")
+@click.option(
+    "--batch", "batches", callback=_numbers(1), metavar="N,...", help="Batch sizes, where axis 0 is symbolic."
+)
+@click.option("--profile", is_flag=True, help="Also which kernels run, how long, and on which element types.")
 @_SHAPE
-@_THREADS
 @_SEED
-@_JSON
+@_views
 def bench(
     models: tuple[Path, ...],
     ep: str,
     data: str | None,
     seconds: float,
+    threads: list[int],
+    batches: list[int],
+    profile: bool,
     shapes: dict[str, list[int]],
-    threads: int,
     seed: int,
     json_to: str | None,
-) -> None:
-    """Latency of models, measured in turn, and their speed over the first."""
-    from onnxslim import pages
+    csv_to: str | None,
+    markdown_to: str | None,
+) -> int:
+    """Latency of models, measured in turn, and their speed over the first.
 
-    eps = [name.strip() for name in ep.split(",")]
-    facts = pages.bench(models, eps, data, shapes, seconds=seconds, threads=threads, seed=seed)
-    _show(pages.to_json(facts), pages.bench_table(facts), json_to)
+    'bench compare OLD.json NEW.json' compares two results kept with --json. Exit code 1: something asked for could not
+    be measured.
+    """
+    from onnxslim import bench as measuring
+    from onnxslim import pages
+    from onnxslim.console import Bars
+
+    outputs = _Outputs(csv_to, markdown_to)
+    if str(models[0]) == "compare" and not models[0].exists():
+        from onnxslim import bench_runs
+
+        facts = bench_runs.compare(models[1:])
+        _show(pages.to_json(facts), bench_runs.table(facts), json_to, bench_runs.sheets(facts), outputs)
+        return int(facts["slower"] > 0)
+    facts = measuring.run(
+        models, ep, data, shapes, seconds=seconds, threads=threads, batches=batches, seed=seed, profile=profile,
+        progress=Bars(),
+    )  # fmt: skip
+    _show(pages.to_json(facts), measuring.table(facts), json_to, measuring.sheets(facts), outputs)
+    for entry in facts["missing"]:
+        message(f"onnxslim: {entry['reason']}")
+    return int(bool(facts["missing"]))
+
+
+@cli.command("run")
+@click.argument("recipe", default="onnxslim.toml", type=_FILE)
+def run_recipe(recipe: Path) -> int:
+    """Make every model that a recipe lists (onnxslim.toml); the exit code is the worst of them."""
+    from onnxslim import config
+
+    command = cli.commands[DEFAULT]
+    known = {opt[2:]: p for p in command.params for opt in p.opts if opt.startswith("--")}
+    flags = [name for name, p in known.items() if isinstance(p, click.Option) and p.is_flag]
+    jobs = config.read(recipe, known, flags)
+    worst = 0
+    folder = Path.cwd()
+    os.chdir(recipe.absolute().parent)
+    try:
+        for job in jobs:
+            message(f"onnxslim: {job.source} -> {job.target}")
+            code = command.main([job.source, job.target, *job.arguments], prog_name="onnxslim", standalone_mode=False)
+            worst = max(worst, code)
+    finally:
+        os.chdir(folder)
+    return worst
 
 
 @cli.command()
@@ -267,17 +413,21 @@ def passes(name: str | None) -> None:
 
 
 @cli.command()
+@click.option("--setup", metavar="EP", help="First make an environment with this execution provider, for bench --ep.")
 @_JSON
-def doctor(json_to: str | None) -> None:
-    """What is installed, which execution providers run a model here, and what the CPU can do."""
-    from onnxslim import pages
+def doctor(setup: str | None, json_to: str | None) -> None:
+    """What is installed, which execution providers run a model, and what the CPU can do."""
+    from onnxslim import eps, pages
 
+    if setup is not None:
+        message(f"onnxslim: {setup} is in {eps.prepare(setup)}")
     facts = pages.doctor()
     _show(pages.to_json(facts), pages.doctor_table(facts), json_to)
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    _return_memory()
     try:
         code = cli.main(args, prog_name="onnxslim", standalone_mode=False)
     except click.ClickException as error:
@@ -295,6 +445,20 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:  # whatever else escapes is a defect
         sys.exit(_internal(error, sys.argv[1:] if args is None else args))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _return_memory() -> None:
+    """Have weights that are freed go back to the system.
+
+    By default the C library of Linux stops doing that for blocks as large as those it has seen freed once, and the
+    memory of a session that is gone stays with the process.
+    """
+    import ctypes
+
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            library.mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _internal(error: Exception, args: list[str]) -> int:

@@ -46,6 +46,9 @@ class Cost:
     """Totals of a model and the table behind them.
 
     ``unknown`` names the nodes whose MACs could not be counted because a shape does not follow from the inputs.
+    ``activations`` is the largest sum, over the nodes in order, of the bytes that are alive while a node runs (its
+    inputs, its outputs, and what later nodes read; nothing is computed in place), without weights; None where a shape
+    or type is not known. Bodies of control flow are left out.
     """
 
     nodes: int
@@ -54,6 +57,7 @@ class Cost:
     bytes: int
     table: tuple[NodeCost, ...]
     unknown: tuple[str, ...] = ()
+    activations: int | None = None
 
     def by_op(self) -> dict[str, tuple[int, int, int]]:
         """(count, parameters, MACs) per operator, dearest first."""
@@ -84,7 +88,52 @@ def analyze(model: ir.Model, feed: Mapping[str, np.ndarray] | None = None) -> Co
         bytes=model_io.weight_bytes(model),
         table=tuple(counter.table),
         unknown=tuple(counter.unknown),
+        activations=_activations(draft.graph, shapes),
     )
+
+
+def _activations(graph: ir.Graph, shapes: _Shapes) -> int | None:
+    nodes = list(graph)
+    kept = set(graph.outputs)
+    last: dict[ir.Value, int] = {}
+    for k, node in enumerate(nodes):
+        inner = (v for body in _subgraphs(node) for each in body.all_nodes() for v in each.inputs)
+        for value in (*node.inputs, *inner):
+            if value is not None:
+                last[value] = k
+    alive: dict[ir.Value, int] = {}
+    peak = 0
+    for value in graph.inputs:
+        if value in last:
+            size = _size(value, shapes)
+            if size is None:
+                return None
+            alive[value] = size
+    for k, node in enumerate(nodes):
+        for value in node.outputs:
+            if value.name:
+                size = _size(value, shapes)
+                if size is None:
+                    return None
+                alive[value] = size
+        peak = max(peak, sum(alive.values()))
+        ending = [v for v in {*node.inputs, *node.outputs} if v in alive and v not in kept and last.get(v, k) <= k]
+        for value in ending:
+            del alive[value]
+    return peak
+
+
+def _size(value: ir.Value, shapes: _Shapes) -> int | None:
+    """Bytes of a tensor; None where its shape or type is not known."""
+    shape = shapes(value)
+    if shape is None or value.dtype is None:
+        return None
+    return math.ceil(math.prod(shape) * value.dtype.itemsize) if value.dtype != ir.DataType.STRING else 0
+
+
+def counts(node: ir.Node) -> bool:
+    """True when ``node`` is of a kind whose multiplications are counted."""
+    return _rule(node) is not None
 
 
 def parameters(model: ir.Model) -> int:

@@ -90,11 +90,14 @@ def environment() -> dict[str, Any]:
 
 
 def providers() -> dict[str, str]:
-    """For each execution provider: ``runs``, or why it does not, found by running a small convolution on it."""
+    """For each execution provider: ``runs``, ``runs in PYTHON`` (an environment of its own), or why it does not.
+
+    Found by running a small convolution on it in this process.
+    """
     import numpy as np
     import onnx_ir as ir
 
-    from onnxslim import runtime
+    from onnxslim import eps, runtime
     from onnxslim.errors import OnnxslimError
 
     rng = np.random.default_rng(0)
@@ -111,15 +114,16 @@ def providers() -> dict[str, str]:
     feeds = {"x": rng.standard_normal((1, 4, 8, 8), np.float32)}
     wanted = runtime.load(model)(feeds)["y"]
     results = {}
-    for ep in runtime.PROVIDERS:
+    for ep in eps.PROVIDERS:
         try:
             runner = runtime.load(model, ep=ep)
             got = runtime.run(runner, feeds)["y"]
         except OnnxslimError as error:
-            results[ep] = f"does not run: {error}"
+            prepared = eps.interpreter(ep)
+            results[ep] = f"runs in {prepared}" if prepared.exists() else f"does not run: {error}"
             continue
         used = runner.session.get_providers()
-        if runtime.PROVIDERS[ep] not in used:
+        if eps.PROVIDERS[ep] not in used:
             results[ep] = f"does not run: ONNX Runtime fell back to {used[0]}"
         elif not np.allclose(got, wanted, rtol=1e-2, atol=1e-2):
             results[ep] = f"runs, but its result is off by {np.abs(got - wanted).max():.1e}"

@@ -269,11 +269,11 @@ def _check_inputs(source: Any, texts: Sequence[str]) -> tuple[dict[str, list[int
 
 
 def _inspect(models: Sequence[Any], to_disk: bool) -> None:
-    from onnxslim import console, pages
+    from onnxslim import console, inspection
 
     for k, model in enumerate(models):
-        facts = pages.inspect(model, {})
-        console.out().print(pages.inspect_table(facts, nodes=False))
+        facts = inspection.inspect(model, {})
+        console.out().print(inspection.table(facts, nodes=False))
         if to_disk:
             name = Path(model).name if isinstance(model, str | os.PathLike) else f"OnnxModel_{k}"
             with Path(f"{name}_model_info.csv").open("w", newline="") as file:

@@ -8,8 +8,8 @@ does not change the shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -142,9 +142,11 @@ def _resize(call: Call, shapes: Shapes) -> ir.Value | None:
 
 def _is_filled(value: ir.Value | None, number: float, shapes: Shapes, *, negative_zero: bool | None = None) -> bool:
     """True when every element of ``value`` is ``number``; ``negative_zero`` asks for one of the two zeros of floats."""
-    content = shapes.content(value)
+    content, grid = shapes.content(value), shapes.grid(value)
     if content is not None and value is not None and value.dtype is not None and value.dtype.is_integer():
         return all(isinstance(d, int) and d == number for d in content.reshape(-1))
+    if grid is not None:
+        return grid.uniform and grid.start == number
     if value is None or value.const_value is None or value.const_value.size > _SMALL:
         return False
     array = constant(value)
@@ -155,45 +157,48 @@ def _is_filled(value: ir.Value | None, number: float, shapes: Shapes, *, negativ
     return bool(np.all(array == number))
 
 
-def _neutral(call: Call, shapes: Shapes, number: float, sides: tuple[int, ...], **zero: Any) -> ir.Value | None:
-    for side in sides:
-        other = call.node.inputs[1 - side]
-        if _is_filled(call.node.inputs[side], number, shapes, **zero) and _keeps_shape(call, shapes, other):
-            return other
-    return None
+# Per operator: the operand that changes nothing, the sides it may stand on, and which zero it must be in floats.
+_NEUTRAL: dict[str, tuple[float, tuple[int, ...], bool | None]] = {
+    "Add": (0, (0, 1), True),
+    "And": (1, (0, 1), None),
+    "Div": (1, (1,), None),
+    "Mul": (1, (0, 1), None),
+    "Or": (0, (0, 1), None),
+    "Pow": (1, (1,), None),
+    "Sub": (0, (1,), False),
+    "Xor": (0, (0, 1), None),
+}
 
 
-@_test("Mul")
-def _mul(call: Call, shapes: Shapes) -> ir.Value | None:
-    return _neutral(call, shapes, 1, (0, 1))
-
-
-@_test("Div", "Pow")
-def _div(call: Call, shapes: Shapes) -> ir.Value | None:
-    left, right = call.node.inputs
-    if left is None or right is None or left.dtype != right.dtype:
+def spread(node: ir.Node, shapes: Shapes) -> ir.Value | None:
+    """The value that ``node`` passes on, broadcast to its result's shape and otherwise unchanged, or None."""
+    if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
         return None
-    return _neutral(call, shapes, 1, (1,))
+    if node.op_type == "Expand":
+        return node.inputs[0]
+    if node.op_type == "Where":
+        condition, yes, no = node.inputs
+        return yes if _is_filled(condition, 1, shapes) else no if _is_filled(condition, 0, shapes) else None
+    return next(_passed(node, shapes), None)
 
 
-@_test("Add")
-def _add(call: Call, shapes: Shapes) -> ir.Value | None:
-    return _neutral(call, shapes, 0, (0, 1), negative_zero=True)
+def _passed(node: ir.Node, shapes: Shapes) -> Iterator[ir.Value]:
+    """Operands that meet nothing but neutral elements."""
+    number, sides, negative_zero = _NEUTRAL.get(node.op_type, (0, (), None))
+    if not sides or any(v is None for v in node.inputs):
+        return
+    left, right = node.inputs
+    if left is None or right is None or (node.op_type == "Pow" and left.dtype != right.dtype):
+        return
+    for side in sides:
+        other = node.inputs[1 - side]
+        if other is not None and _is_filled(node.inputs[side], number, shapes, negative_zero=negative_zero):
+            yield other
 
 
-@_test("Sub")
-def _sub(call: Call, shapes: Shapes) -> ir.Value | None:
-    return _neutral(call, shapes, 0, (1,), negative_zero=False)
-
-
-@_test("And")
-def _and(call: Call, shapes: Shapes) -> ir.Value | None:
-    return _neutral(call, shapes, 1, (0, 1))
-
-
-@_test("Or", "Xor")
-def _or(call: Call, shapes: Shapes) -> ir.Value | None:
-    return _neutral(call, shapes, 0, (0, 1))
+@_test(*_NEUTRAL)
+def _neutral(call: Call, shapes: Shapes) -> ir.Value | None:
+    return next((v for v in _passed(call.node, shapes) if _keeps_shape(call, shapes, v)), None)
 
 
 @_test("Where")

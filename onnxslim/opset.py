@@ -3,13 +3,14 @@
 `onnx.version_converter` works on a serialized copy: it drops metadata, needs the weights in memory, and refuses Q/DQ
 models. Between opsets 7 and 21 few operators changed in more than the types they accept; each change is a rule here:
 
-* attributes that became inputs: the other reductions (18); Squeeze, Unsqueeze, ReduceSum, Split (13); Clip, Pad (11);
-  TopK, Slice (10); a Split into equal parts names their number (18);
+* attributes that became inputs: all other reductions (18); Squeeze, Unsqueeze, ReduceSum, Split (13); Clip, Pad (11);
+  TopK, Slice (10);
+* DFT takes its axis as an input (20);
+* Split into equal parts states their number (18); GridSample renamed its modes (20); RoiAlign has another default (16);
 * Softmax, LogSoftmax, Hardmax: to 12 they flatten the tensor at ``axis`` (default 1) and normalize over the rest, from
   13 over ``axis`` alone (default -1);
 * Upsample, and Resize of opset 10, become Resize with asymmetric coordinates; Scatter becomes ScatterElements;
-* Dropout is the identity at inference; BatchNormalization loses ``spatial``;
-* RoiAlign (16), DFT, GridSample (20) and GroupNormalization (21) mean something else, and a model with them stays.
+* Dropout is the identity at inference; BatchNormalization loses ``spatial``.
 
 Every other operator must have kept its inputs and attributes, which the schemas of the installed onnx decide; a model
 with one that has not is left alone, with the reason.
@@ -56,6 +57,10 @@ def raise_opset(model: ir.Model, version: int = 13) -> str | None:
             _convert(model, node, old, version)
     g.remove_dead(model.graph)
     model.graph.opset_imports[""] = version
+    # The format of the file must know the operator set, or the checker of onnx refuses it.
+    model.ir_version = max(
+        model.ir_version or 0, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", version)])
+    )
     for node in model.graph.all_nodes():
         node.version = None
     for sub in model.graph.subgraphs():
@@ -133,6 +138,11 @@ def _axes(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
         _to_input(model, node, "axes", 1)
 
 
+def _reduce(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if new >= 18:
+        _to_input(model, node, "axes", 1)
+
+
 def _split(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
     if new >= 13:
         _to_input(model, node, "split", 1)
@@ -140,14 +150,22 @@ def _split(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
         g.set_attribute(node, "num_outputs", len(node.outputs))
 
 
-def _reduce(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
-    if since < 18 <= new:
-        _to_input(model, node, "axes", 1)
+def _grid_sample(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < 20 <= new:
+        mode = g.attribute(node, "mode", "bilinear")
+        g.set_attribute(node, "mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
 
 
-def _changed(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
-    if since < _MEANING[node.op_type] <= new:
-        raise _CannotError(f"{node.op_type} means something else from opset {_MEANING[node.op_type]} on")
+def _dft(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < 20 <= new:
+        axis = g.attribute(node, "axis", 1)
+        node.attributes.pop("axis", None)
+        _set_input(model, node, 2, np.array(axis, np.int64), "axis")
+
+
+def _roi_align(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since < 16 <= new:
+        g.set_attribute(node, "coordinate_transformation_mode", "output_half_pixel")
 
 
 def _clip(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
@@ -255,17 +273,27 @@ def _scatter(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
         node.op_type = "ScatterElements"
 
 
-# First opset in which an operator of the same name, inputs and attributes does something else.
-_MEANING = {"RoiAlign": 16, "GridSample": 20, "DFT": 20, "GroupNormalization": 21}
-_REDUCTIONS = (
-    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
-    "ReduceSumSquare",
-)  # fmt: skip
-
 _RULES: dict[str, Callable[[ir.Model, ir.Node, int, int], None]] = {
     "Squeeze": _axes,
     "Unsqueeze": _axes,
     "ReduceSum": _axes,
+    **dict.fromkeys(
+        (
+            "ReduceL1",
+            "ReduceL2",
+            "ReduceLogSum",
+            "ReduceLogSumExp",
+            "ReduceMax",
+            "ReduceMean",
+            "ReduceMin",
+            "ReduceProd",
+            "ReduceSumSquare",
+        ),
+        _reduce,
+    ),
+    "GridSample": _grid_sample,
+    "RoiAlign": _roi_align,
+    "DFT": _dft,
     "Split": _split,
     "Clip": _clip,
     "Pad": _pad,
@@ -279,6 +307,4 @@ _RULES: dict[str, Callable[[ir.Model, ir.Node, int, int], None]] = {
     "Resize": _resize,
     "Upsample": _resize,
     "Scatter": _scatter,
-    **dict.fromkeys(_REDUCTIONS, _reduce),
-    **dict.fromkeys(_MEANING, _changed),
 }

@@ -25,11 +25,13 @@ class Report:
             None when the models could not be run.
         metric: ``name``, ``before``, ``after``, ``drop``, ``max_drop``, ``samples``; None without a metric.
         bench: one entry per execution provider: ``ep``, ``latency_ms`` of the result and ``original_latency_ms``
-            (``median``, ``p10``, ``p90``), ``speedup`` and its 95 % ``interval``; empty when nothing was measured.
-        integer: with ``require_int8``, which products run as integer kernels and why the others do not, see
-            `onnxslim.integer.Proof`.
+            (``median``, ``p10``, ``p90``), ``speedup`` and its 99 % ``interval``; empty when nothing was measured.
         environment: versions, processor, seed, threads, input shapes, and the pipeline that ran.
         warnings: what the user has to know, most important first.
+        details: layers before and after, where the error comes in, histograms, the model after each pass (see
+            `onnxslim.details`); None where they were not asked for.
+        integer: with ``require_int8``, which products run as integer kernels and why the others do not, see
+            `onnxslim.integer.Proof`.
     """
 
     before: dict[str, int]
@@ -38,19 +40,34 @@ class Report:
     fidelity: dict[str, Any] | None = None
     metric: dict[str, Any] | None = None
     bench: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    integer: dict[str, Any] | None = None
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    details: dict[str, Any] | None = None
+    integer: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, with the shortcomings of the result first among the warnings."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["warnings"] = [*self.shortcomings(), *self.warnings]
+        for name in ("details", "integer"):
+            if fields[name] is None:
+                del fields[name]
         return {name: plain(value) for name, value in fields.items()}
 
     def to_json(self) -> str:
         """`to_dict` as JSON text; a number that JSON cannot hold is null."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def to_html(self, title: str = "onnxslim report") -> str:
+        """The report as one HTML page that needs nothing but itself; with the most in it after ``details=True``."""
+        from onnxslim import html
+
+        return html.page(self.to_dict(), title)
+
+    def _repr_html_(self) -> str:
+        from onnxslim import html
+
+        return html.fragment(self.to_dict())
 
     def shortcomings(self) -> list[str]:
         """Where the result is not faster or not smaller than the original."""
@@ -94,7 +111,9 @@ class Report:
             parts += [Text(), fidelity_table(self.fidelity)]
         ran = Table("pass", "seconds", "did", "left alone", box=None, pad_edge=False)
         for entry in self.passes:
-            ran.add_row(str(entry["name"]), f"{entry['seconds']:.1f}", _stats(entry["stats"]), _reasons(entry))
+            # As `Text`: a name with brackets in it is no markup.
+            told = (Text(_stats(entry["stats"])), Text(_reasons(entry)))
+            ran.add_row(str(entry["name"]), f"{entry['seconds']:.1f}", *told)
         if self.passes:
             parts += [Text(), ran]
         return Group(*parts)
@@ -112,7 +131,7 @@ def fidelity_table(fidelity: Mapping[str, Any]) -> RenderableType:
     for entry in fidelity["outputs"]:
         agreement = entry["top1_agreement"]
         table.add_row(
-            entry["output"],
+            Text(entry["output"]),
             f"{entry['relative_l2']:.1e}",
             f"{entry['max_abs']:.1e}",
             f"{entry['cosine']:.6f}",

@@ -34,6 +34,7 @@ _BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Mul": np.multiply,
     "Div": np.divide,
 }
+ELEMENTWISE = (*_UNARY, *_BINARY, "Clip")
 
 
 def response(value: ir.Value) -> tuple[Function, ir.Value] | None:
@@ -101,6 +102,11 @@ def _evaluate(node: ir.Node, values: dict[ir.Value, np.ndarray]) -> np.ndarray:
             array = constant(value)
             assert array is not None
             operands.append(array.reshape(()).astype(np.float64))
+    return evaluate(node, operands)
+
+
+def evaluate(node: ir.Node, operands: list[np.ndarray | None]) -> np.ndarray:
+    """What an operator of `ELEMENTWISE` makes of its operands, numbers or arrays of one shape, in float64."""
     first = operands[0]
     assert first is not None
     if node.op_type == "Clip":

@@ -1,10 +1,11 @@
-"""ONNX Runtime: sessions, forward passes and latency. The only file that imports it."""
+"""ONNX Runtime in this process: sessions, forward passes and latency. Only this file and `worker` import it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,15 +17,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxslim import model as model_io
+from onnxslim import timing, worker
+from onnxslim.eps import PACKAGES, Ep
+from onnxslim.eps import PROVIDERS as PROVIDERS
 from onnxslim.errors import ModelError, UsageError
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-}
 # Above this many bytes of weights a session reads them from disk, so that no serialized copy sits in memory.
 IN_MEMORY = 256_000_000
+_FEWEST_BLOCKS, _MOST_BLOCKS = 4, 12
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -58,11 +58,16 @@ class Runner:
 
 
 def options(*, threads: int = 0, optimize: bool = True, optimized_path: str | None = None) -> ort.SessionOptions:
-    """Session options: quiet, ``threads`` intra-operator threads (0: the runtime's choice)."""
+    """Session options: quiet, ``threads`` intra-operator threads (0: the runtime's choice) that do not spin when idle.
+
+    Threads that spin would take the cores from the next session, from the arithmetic between two passes, and from
+    every other process; latencies measured in turn are then mostly noise.
+    """
     chosen = ort.SessionOptions()
     chosen.log_severity_level = 4
     chosen.intra_op_num_threads = threads
     chosen.inter_op_num_threads = 1
+    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
     level = ort.GraphOptimizationLevel
     chosen.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if optimized_path is not None:
@@ -94,51 +99,59 @@ def load(
         raise UsageError(f"unknown execution provider {ep!r}: give one of {', '.join(PROVIDERS)}")
     if not available(ep):
         raise UsageError(
-            f"the installed onnxruntime has no {PROVIDERS[ep]}: install "
-            f"{'onnxruntime-gpu' if ep == 'cuda' else 'onnxruntime-openvino'} in an environment of its own"
+            f"the installed onnxruntime has no {PROVIDERS[ep]}: {' '.join(PACKAGES[ep])} brings it, in an environment "
+            f"of its own: {Ep(ep).install_line()}"
         )
-    providers = [PROVIDERS[ep]]
     if chosen is None:
         chosen = options(threads=threads, optimize=optimize, optimized_path=optimized_path)
     with contextlib.ExitStack() as stack:
-        content, name, lasting = _content(source, chosen, stack, whole=optimized_path is not None)
+        return _open(_content(source, stack, whole=optimized_path is not None), ep, chosen)
 
-        def again() -> ort.InferenceSession:
-            return ort.InferenceSession(content, chosen, providers=providers)
 
-        try:
-            return Runner(again(), again if lasting else None)
-        except Exception as error:  # the binding raises a dozen unrelated types
-            raise ModelError(f"{name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+@dataclasses.dataclass(frozen=True)
+class _Content:
+    """What a session is made of: a file or a message, and the folder that the weights in it refer to.
+
+    ``lasting`` when it can be used again later and takes no memory of its own.
+    """
+
+    source: bytes | str
+    name: str
+    lasting: bool = True
+    folder: Path | None = None
 
 
 def _content(
-    source: ir.Model | bytes | str | os.PathLike[str],
-    chosen: ort.SessionOptions,
-    stack: contextlib.ExitStack,
-    *,
-    whole: bool,
-) -> tuple[bytes | str, str, bool]:
-    """What a session is made of, a name for messages, and whether it can be made of that again at no cost in memory.
-
-    Weights that lie in files are left there, unless the result must be ``whole``.
-    """
+    source: ir.Model | bytes | str | os.PathLike[str], stack: contextlib.ExitStack, *, whole: bool = False
+) -> _Content:
+    """``source`` ready to be loaded; weights that lie in files are left there, unless it must be ``whole``."""
     if isinstance(source, bytes):
-        return source, "the given bytes", True
+        return _Content(source, "the given bytes")
     if not isinstance(source, ir.Model):
         path = os.fspath(source)
         if not Path(path).is_file():
             raise ModelError(f"{path}: no such file")
-        return path, path, True
+        return _Content(path, path)
     name = source.graph.name or "the model"
     referring = None if whole else model_io.by_reference(source)
     if referring is not None:
-        content, folder = referring
-        chosen.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
-        return content, name, True
+        return _Content(referring[0], name, folder=referring[1])
     if model_io.weight_bytes(source) < IN_MEMORY:
-        return model_io.to_bytes(source), name, False
-    return str(stack.enter_context(model_io.on_disk(source))), name, False
+        return _Content(model_io.to_bytes(source), name, lasting=False)
+    return _Content(str(stack.enter_context(model_io.on_disk(source))), name, lasting=False)
+
+
+def _open(content: _Content, ep: str, chosen: ort.SessionOptions) -> Runner:
+    if content.folder is not None:
+        chosen.add_session_config_entry(_WEIGHTS_FOLDER, str(content.folder))
+
+    def again() -> ort.InferenceSession:
+        return ort.InferenceSession(content.source, chosen, providers=[PROVIDERS[ep]])
+
+    try:
+        return Runner(again(), again if content.lasting else None)
+    except Exception as error:  # the binding raises a dozen unrelated types
+        raise ModelError(f"{content.name}: ONNX Runtime cannot load it: {_first_line(error)}") from error
 
 
 def run(runner: Runner, feeds: Mapping[str, np.ndarray], where: str = "the model") -> dict[str, Any]:
@@ -188,32 +201,10 @@ def tap(
     from onnxslim.graph import remove_dead
 
     remove_dead(clone.graph)
-    chosen = options(threads=threads, optimize=optimize)
-    # Idle threads that spin would take the cores from the arithmetic done on the values between two passes.
-    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    runner = load(clone, chosen=chosen)
+    runner = load(clone, threads=threads, optimize=optimize)
     for feed in feeds:
         results = run(runner, feed)
         yield {name: results[name] if name in results else np.asarray(feed[name]) for name in wanted}
-
-
-@dataclasses.dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one forward pass: median, 10th and 90th percentile, number of runs."""
-
-    median: float
-    p10: float
-    p90: float
-    runs: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Latencies of several models measured in turn, and each one's speed over the first with a 95 % interval."""
-
-    latency: list[Latency]
-    speedup: list[float]
-    interval: list[tuple[float, float]]
 
 
 def compare_latency(
@@ -224,41 +215,51 @@ def compare_latency(
     min_rounds: int = 5,
     max_rounds: int = 400,
     seed: int = 0,
-) -> Comparison:
-    """Measure ``runners`` in turn, one pass each per round, until ``seconds`` have passed.
+) -> timing.Comparison:
+    """Measure the sessions ``runners`` in turn, one pass each per round, until ``seconds`` have passed.
 
-    Interleaving makes the *ratios* hold on a machine whose speed drifts: each round compares passes that ran within
-    the same instant, in an order drawn anew. The speed-up is the median over rounds of first / other, its interval a
-    bootstrap over rounds. ``feeds[i]`` are the samples of runner i, used cyclically.
+    The interval is that of these sessions: another session of the same file may lie outside it; see `compare_models`.
+    ``feeds[i]`` are the samples of runner i, used cyclically.
     """
-    rng = np.random.default_rng(seed)
-    for runner, samples in zip(runners, feeds, strict=True):
-        for _ in range(3):
-            runner(samples[0])
-    rounds: list[list[float]] = []
-    stop = time.perf_counter() + seconds
-    while len(rounds) < min_rounds or (time.perf_counter() < stop and len(rounds) < max_rounds):
-        k = len(rounds)
-        row = [0.0] * len(runners)
-        for i in rng.permutation(len(runners)):
-            sample = feeds[i][k % len(feeds[i])]
-            start = time.perf_counter()
-            runners[i](sample)
-            row[i] = 1e3 * (time.perf_counter() - start)
-        rounds.append(row)
-    table = np.array(rounds)
-    ratios = table[:, :1] / table
-    draws = rng.integers(0, len(table), (500, len(table)))
-    medians = np.median(ratios[draws], axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5], axis=0)
-    return Comparison(
-        [
-            Latency(float(np.median(c)), float(np.percentile(c, 10)), float(np.percentile(c, 90)), len(c))
-            for c in table.T
-        ],
-        [float(r) for r in np.median(ratios, axis=0)],
-        [(float(a), float(b)) for a, b in zip(low, high, strict=True)],
-    )
+    calls = [_call(runner, samples) for runner, samples in zip(runners, feeds, strict=True)]
+    for call in calls:
+        worker.warm_up(call)
+    rounds, _ = worker.interleave(calls, seconds, random.Random(seed), least=min_rounds, most=max_rounds)
+    return timing.compare([np.array(rounds)], seed=seed)
+
+
+def compare_models(
+    sources: Sequence[ir.Model | bytes | str | os.PathLike[str]],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    ep: str = "cpu",
+    threads: int = 0,
+    seconds: float = 3.0,
+    seed: int = 0,
+) -> timing.Comparison:
+    """Measure models in turn on the same samples, in blocks of new sessions (see `onnxslim.timing`).
+
+    ``seconds`` count the making of the sessions too; but there are at least four blocks, of eight rounds each.
+    """
+    rng = random.Random(seed)
+    with contextlib.ExitStack() as stack:
+
+        def maker(content: _Content) -> Callable[[], Callable[[int], Any]]:
+            return lambda: _call(_open(content, ep, options(threads=threads)), feeds)
+
+        makers = [maker(_content(source, stack)) for source in sources]
+        single = [threads == 1 and ep == "cpu"] * len(makers)
+        start = time.perf_counter()
+        blocks = [worker.block(makers, 0.0, rng, single=single)["rounds"]]
+        cost = time.perf_counter() - start
+        count = min(max(int(seconds / cost), _FEWEST_BLOCKS), _MOST_BLOCKS)
+        rest = max(seconds / count - cost, 0.0)
+        blocks += [worker.block(makers, rest, rng, single=single)["rounds"] for _ in range(count - 1)]
+    return timing.compare([np.array(b) for b in blocks], seed=seed)
+
+
+def _call(runner: Runner, feeds: Sequence[Mapping[str, np.ndarray]]) -> Callable[[int], Any]:
+    return lambda k: runner(feeds[k % len(feeds)])
 
 
 def profile(

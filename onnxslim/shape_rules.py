@@ -28,14 +28,32 @@ FAR = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Grid:
+    """Integers that grow evenly: the element at (i, j, ...) is ``start + steps[0] i + steps[1] j + ...``.
+
+    Booleans are 0 and 1. The step of an axis of size 1 is 0.
+    """
+
+    start: Dim
+    steps: tuple[Dim, ...]
+
+    @property
+    def uniform(self) -> bool:
+        """All elements are equal."""
+        return all(step == 0 for step in self.steps)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
     """What is known about a tensor: its shape (None: not even the rank) and, if it is small, its content.
 
     Contents are whole numbers, of integer, boolean or float tensors; a zero of a float tensor may have either sign.
+    ``grid`` says what integers and booleans of any number are when they grow evenly along the axes.
     """
 
     shape: Shape | None
     content: np.ndarray | None = None
+    grid: Grid | None = None
 
 
 NOTHING = Fact(None)

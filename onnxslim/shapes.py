@@ -11,15 +11,16 @@ size is.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxslim import shape_moves, shape_products, shape_windows, symbolic
+from onnxslim import grids, shape_moves, shape_products, shape_windows, symbolic
 from onnxslim.graph import is_constant, opset, subgraphs
-from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RANGES, RULES, Call, Fact, Shape
+from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RANGES, RULES, Call, Fact, Grid, Shape
 from onnxslim.symbolic import Dim
 
 __all__ = ["Fact", "Shape", "Shapes"]
@@ -45,6 +46,7 @@ class Shapes:
         self._ir_version = int(model.ir_version or 10)
         self._top = model.graph
         self._facts: dict[ir.Value, Fact] = {}
+        self._weights: dict[ir.Value, tuple[ir.TensorProtocol, Fact]] = {}
 
     def run(self) -> Shapes:
         """Visit every node of the model; returns itself."""
@@ -56,7 +58,7 @@ class Shapes:
         found = self._facts.get(value)
         if found is None:
             if is_constant(value):
-                return self._constant(value)  # not kept: a pass may give the weight new content
+                return self._weight(value)
             found = self._input(value) if value.producer() is None else NOTHING
             self._facts[value] = found
         return found
@@ -68,6 +70,10 @@ class Shapes:
     def content(self, value: ir.Value | None) -> np.ndarray | None:
         """Elements of a small integer or boolean tensor as an object array of `Dim`."""
         return None if value is None else self.fact(value).content
+
+    def grid(self, value: ir.Value | None) -> Grid | None:
+        """The grid that the integers or booleans of a tensor are, see `Grid`."""
+        return None if value is None or value.dtype not in grids.TYPES else grids.grid_of(self.fact(value))
 
     def static(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """The shape when it is all numbers."""
@@ -93,7 +99,34 @@ class Shapes:
         facts = self._infer(node)
         for k, value in enumerate(node.outputs):
             fact = (facts[k] if k < len(facts) else None) or NOTHING
-            self._facts[value] = self._checked(value, fact)
+            fact = self._checked(value, fact)
+            if k == 0 and fact.shape is not None and fact.content is None and fact.grid is None:
+                fact = dataclasses.replace(fact, grid=self._follow(node, fact.shape))
+            self._facts[value] = fact
+
+    def _follow(self, node: ir.Node, shape: Shape) -> Grid | None:
+        if node.domain not in ("", "ai.onnx") or node.outputs[0].dtype not in grids.TYPES:
+            return None
+        found = grids.follow(self.call(node), shape)
+        low, high = RANGES[node.outputs[0].dtype]
+        return None if found is not None and isinstance(found.start, int) and not low <= found.start <= high else found
+
+    def declare(self) -> None:
+        """Write the shapes found into the values computed by nodes, for whoever reads them there.
+
+        Numbers and named dimensions are written; where a size is neither, what was declared stays.
+        """
+        kept = set(self._top.outputs)
+        for value, fact in self._facts.items():
+            if fact.shape is None or value in kept or not isinstance(value.type, ir.TensorType):
+                continue
+            old = value.shape
+            if value.producer() is None:
+                continue
+            before = list(old) if old is not None and len(old) == len(fact.shape) else [None] * len(fact.shape)
+            sizes = [_plain(dim, was) for dim, was in zip(fact.shape, before, strict=True)]
+            if old is None or list(old) != sizes:
+                value.shape = ir.Shape(sizes)
 
     def _visit_graph(self, graph: ir.Graph) -> None:
         for node in graph:
@@ -163,13 +196,21 @@ class Shapes:
         back = {name: dim for dim, name in names.items()}
         return [_from_proto(found.get(f"o{k}"), back) for k in range(len(node.outputs))]
 
-    def _constant(self, value: ir.Value) -> Fact:
+    def _weight(self, value: ir.Value) -> Fact:
         tensor = value.const_value
         assert tensor is not None
+        kept = self._weights.get(value)
+        # A pass may give the weight new content, which is another tensor.
+        if kept is None or kept[0] is not tensor:
+            kept = self._weights[value] = tensor, self._constant(tensor)
+        return kept[1]
+
+    def _constant(self, tensor: ir.TensorProtocol) -> Fact:
         shape = tuple(int(d) for d in tensor.shape.numpy())
         floating = tensor.dtype.is_floating_point()
         if tensor.dtype not in RANGES or tensor.size > (_FLOATS if floating else MAX_CONTENT):
-            return Fact(shape)
+            small = tensor.dtype in grids.TYPES and tensor.size <= grids.MAX_WEIGHT
+            return Fact(shape, grid=grids.of_weight(tensor.numpy()) if small else None)
         numbers = tensor.numpy().reshape(-1)
         _, high = RANGES[tensor.dtype]
         if floating and not np.all((np.floor(numbers) == numbers) & (np.abs(numbers) <= high)):
@@ -216,6 +257,11 @@ def _declared(value: ir.Value, *, trusted: bool) -> Fact:
         else:
             result.append(symbolic.unknown(0))
     return Fact(tuple(result))
+
+
+def _plain(dim: Dim, declared: int | ir.SymbolicDim | None) -> int | str | ir.SymbolicDim | None:
+    """A size as a file can say it."""
+    return dim if isinstance(dim, int) else symbolic.name_of(dim) or declared
 
 
 def _from_proto(type_proto: Any, names: dict[str, Dim]) -> Fact | None:

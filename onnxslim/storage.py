@@ -25,7 +25,7 @@ _UNARY_NAMES = """
     Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus
     Softsign Sqrt Swish Tan Tanh ThresholdedRelu
 """
-_UNARY = frozenset(_UNARY_NAMES.split())
+UNARY = frozenset(_UNARY_NAMES.split())
 _BROADCAST = frozenset({*BROADCAST.split(), "PRelu", "Where"})
 # Sums would be added up in another order, which is another rounding.
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMin"})
@@ -138,7 +138,7 @@ class Permutation(Change):
         return add_node(self.top, "Transpose", [value], before=before, attributes={"perm": perm}).outputs[0]
 
     def accepts(self, node: ir.Node) -> bool:
-        if node.op_type in _UNARY:
+        if node.op_type in UNARY:
             return True
         if node.op_type in _BROADCAST:
             return self.opset >= 7 and all(self._permutable(node.inputs[k]) for k in self.constants(node))
@@ -242,7 +242,7 @@ class Reshaping(Change):
         return add_view(value, self._inner, self._outer, self.opset, self.top, before=before)
 
     def accepts(self, node: ir.Node) -> bool:
-        if node.op_type in _UNARY:
+        if node.op_type in UNARY:
             return True
         weights = [node.inputs[k] for k in self.constants(node)]
         single = all(v is not None and v.const_value is not None and v.const_value.size == 1 for v in weights)

@@ -105,6 +105,15 @@ def named(name: str) -> Expr:
     return Expr({(Atom(("dim", name), 0),): 1})
 
 
+def name_of(dim: Dim) -> str | None:
+    """The name of a named dimension, None for every other size."""
+    if isinstance(dim, Expr) and len(dim.terms) == 1:
+        ((monomial, factor),) = dim.terms.items()
+        if factor == 1 and len(monomial) == 1 and monomial[0].key[0] == "dim":
+            return str(monomial[0].key[1])
+    return None
+
+
 def unknown(low: int | None = None, high: int | None = None) -> Expr:
     """A number that equals nothing but itself."""
     return Expr({(Atom(("unknown", object()), low, high),): 1})
@@ -219,12 +228,27 @@ def broadcast(a: Dim, b: Dim) -> Dim:
         return a
     if a == 1:
         return b
+    # A size meets its minimum with a number above 1: the two must agree, unless the size is 1 and the minimum is too.
+    for one, two in ((a, b), (b, a)):
+        if _capped(two, one):
+            return one
     # A size above 1 wins over whatever the other turns out to be: it must be the same or 1.
     for one, two in ((a, b), (b, a)):
         low = bounds(one)[0]
         if low is not None and low > 1 and not isinstance(two, int):
             return one
     return Expr({(Atom(("broadcast", frozenset((a, b))), 0),): 1})
+
+
+def _capped(dim: Dim, size: Dim) -> bool:
+    """True when ``dim`` is the minimum of ``size`` and a number above 1."""
+    if not isinstance(dim, Expr) or len(dim.terms) != 1:
+        return False
+    ((monomial, factor),) = dim.terms.items()
+    if factor != 1 or len(monomial) != 1 or monomial[0].key[0] != "minimum":
+        return False
+    parts = monomial[0].key[1]
+    return size in parts and all(part == size or (isinstance(part, int) and part > 1) for part in parts)
 
 
 def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int | None:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxslim import symbolic
 from onnxslim.graph import add_constant, add_node, attribute, is_constant, is_op, set_attribute
 from onnxslim.shape_moves import slice_bounds
-from onnxslim.shape_rules import BROADCAST, Shape, broadcast_shapes
+from onnxslim.shape_rules import Shape
 from onnxslim.shapes import Shapes
 
 _END = 2**63 - 1
@@ -214,26 +214,6 @@ def _settle_resize(node: ir.Node, shapes: Shapes, top: ir.Graph) -> bool:
     node.resize_inputs(3)
     node.replace_input_with(2, add_constant(top, f"{node.outputs[0].name}_scales", np.array(ratios, np.float32)))
     return True
-
-
-def drop_expand(node: ir.Node, shapes: Shapes) -> bool:
-    """Let the elementwise operators that read an Expand broadcast its input themselves, when all of them can."""
-    if not is_op(node, "Expand") or node.outputs[0].is_graph_output() or not node.outputs[0].uses():
-        return False
-    expanded, source = node.outputs[0], node.inputs[0]
-    if source is None or not all(_broadcasts(use.node, expanded, source, shapes) for use in expanded.uses()):
-        return False
-    expanded.replace_all_uses_with(source)
-    return True
-
-
-def _broadcasts(user: ir.Node, expanded: ir.Value, source: ir.Value, shapes: Shapes) -> bool:
-    """True when ``user`` has the same result shape with ``source`` in the place of ``expanded``."""
-    if user.domain not in ("", "ai.onnx") or (user.op_type not in BROADCAST.split() and user.op_type != "Where"):
-        return False
-    given = [shapes.shape(source if v is expanded else v) for v in user.inputs]
-    wanted = broadcast_shapes([shapes.shape(v) for v in user.inputs])
-    return wanted is not None and broadcast_shapes(given) == wanted
 
 
 # Every value of the key is a value of each of these types.

@@ -10,19 +10,22 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim.axes import merge_movements
 from onnxslim.branches import inline_constant_if
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.folding import fold_constants
 from onnxslim.graph import add_constant, is_constant, replace, subgraphs
 from onnxslim.layouts import remove_changes
 from onnxslim.liveness import remove_unread
+from onnxslim.lookups import replace_lookup
+from onnxslim.narrow import narrow_values
 from onnxslim.noops import unchanged
 from onnxslim.pairs import merge_pair
 from onnxslim.shapes import Shapes
 from onnxslim.sharing import deduplicate_initializers, merge_equal_nodes
 from onnxslim.sizes import Rebuilder
 from onnxslim.splits import split_slices
-from onnxslim.views import drop_expand, merge_casts, merge_views, settle_target
+from onnxslim.views import merge_casts, merge_views, settle_target
 
 # Types of shape arithmetic; the contents of float tensors leave open the sign of a zero.
 _SIZES = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
@@ -38,7 +41,8 @@ class Simplify(Pass):
     Sizes are followed through the graph as exact expressions of the named dimensions of the inputs, so that chains of
     Shape, Gather, Concat and arithmetic become constants; what depends on weights alone is computed (unless storing it
     would make the file larger); nodes that change nothing, repeat another node or are read by nobody go; equal weights
-    are stored once. Inputs, outputs, their names, types and symbolic sizes stay.
+    are stored once. Chains of Reshape and Transpose become three nodes at most; masks are computed no wider than needed
+    and looked up without index tensors that only count. Inputs, outputs, their names, types and symbolic sizes stay.
     """
 
     name: ClassVar[str] = "simplify"
@@ -49,6 +53,7 @@ class Simplify(Pass):
         for _ in range(MAX_SWEEPS):
             if not run.sweep():
                 break
+        run.shapes.declare()  # for the passes that follow
         return Outcome({k: v for k, v in run.stats.items() if v}, run.skipped)
 
 
@@ -60,6 +65,7 @@ class _Run:
         self.stats: Counter[str] = Counter()
         self.skipped: list[Skip] = []
         self.failed: dict[str, Skip] = {}
+        self.shapes = Shapes(model)
 
     def sweep(self) -> int:
         """Apply every mechanism once; returns the number of changes."""
@@ -69,13 +75,14 @@ class _Run:
         self.stats["initializers_shared"] += initializers
         self.stats["bytes_shared"] += saved
         self.stats["merged"] += merge_equal_nodes(self.model)
-        shapes = Shapes(self.model)
+        self.shapes = shapes = Shapes(self.model)
         self._rewrite(self.model.graph, shapes, ChainMap())
         folding = fold_constants(self.model, shapes, self.failed)
         self.stats["folded"] += folding.nodes
         self.skipped = folding.skipped
         dead, outputs = remove_unread(self.model)
         self.stats["dead_outputs"] += outputs
+        self.stats["narrowed"] += narrow_values(self.model, shapes)
         self.stats["sizes_rebuilt"] += Rebuilder(self.model, shapes).run()
         self.stats["slices_split"] += split_slices(self.model, shapes)
         self.stats["layouts_saved"] += remove_changes(self.model, shapes)
@@ -98,11 +105,12 @@ class _Run:
                 continue
             for value in node.outputs:
                 self._compute(value, shapes, equal)
-            self.stats["expands_dropped"] += drop_expand(node, shapes)
             self.stats["targets_settled"] += settle_target(node, shapes, self.model.graph)
             self.stats["views_merged"] += merge_views(node, shapes, self.model.graph)
             self.stats["casts_merged"] += merge_casts(node)
             self.stats["pairs_merged"] += merge_pair(node, shapes, self.model.graph)
+            self.stats["lookups_replaced"] += replace_lookup(node, shapes, self.model.graph)
+            self.stats["movements_merged"] += merge_movements(node, shapes, self.model.graph)
 
     def _compute(self, value: ir.Value, shapes: Shapes, equal: ChainMap[Hashable, ir.Value]) -> None:
         """Replace a value whose content is known by a constant, or by an earlier value with the same content."""

@@ -415,10 +415,40 @@ def branch(b: Builder, x: Value) -> Value | None:
     return value
 
 
+def masked(b: Builder, x: Value) -> Value | None:
+    """Add 0 or a number, as positions along one or two axes say: Range, comparison, And, Expand, Where."""
+
+    def emit(op: str, inputs: Sequence[str], **attributes: Any) -> str:
+        name = b.name(op.lower())
+        b.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
+        return name
+
+    def number(value: Any) -> str:
+        return b.constant(np.asarray(value), "number")
+
+    sizes = emit("Shape", [x.name])
+    masks = []
+    for axis in b.pick((x.rank - 1,), (0, x.rank - 1), (x.rank - 2, x.rank - 1)):
+        size = emit("Gather", [sizes, number(axis)], axis=0)
+        position = emit("Range", [number(0), size, number(1)])
+        others = [k for k in range(x.rank) if k != axis]
+        position = emit("Unsqueeze", [position, number(others)])
+        # The first two are true of every position, the others of some.
+        test, bound = b.pick(("GreaterOrEqual", 0), ("Greater", -1), ("Less", 2), ("Equal", 1))
+        if b.pick(False, True):
+            position = emit("Expand", [position, sizes])
+        masks.append(emit(test, [position, number(bound)]))
+    mask = masks[0] if len(masks) == 1 else emit(b.pick("And", "Or"), masks)
+    if b.pick(False, True):
+        mask = emit("Not", [mask])
+    chosen = emit("Where", [mask, number(np.float32(0)), number(np.float32(-3))])
+    return b.node("Add", [x.name, chosen], x.shape)
+
+
 Template = Callable[[Builder, Value], Value | None]
 LINEAR: tuple[Template, ...] = (conv, conv_transpose, gemm, matmul)
 AFFINE: tuple[Template, ...] = (elementwise, batchnorm, elementwise, grow)
-OTHER: tuple[Template, ...] = (activation, pool, pad, reshape, transpose, join, split, branch)
+OTHER: tuple[Template, ...] = (activation, pool, pad, reshape, transpose, join, split, branch, masked)
 
 
 @st.composite

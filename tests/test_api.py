@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import onnxslim
-from onnxslim import checks, pipeline, runtime
+from onnxslim import checks, pipeline, runtime, timing
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Effect, Outcome, Pass
 from onnxslim.errors import DataError, ModelError, UsageError
@@ -371,12 +371,13 @@ def test_a_lossless_pass_that_makes_it_slower_is_dropped(tiny: Path, monkeypatch
             model.metadata_props["slow"] = "yes"
             return Outcome()
 
-    def fake(runners: Any, feeds: Any, **_: Any) -> runtime.Comparison:
-        speeds = [0.5 if r.session.get_modelmeta().custom_metadata_map.get("slow") else 1.0 for r in runners]
-        latency = [runtime.Latency(1 / s, 1 / s, 1 / s, 9) for s in speeds]
-        return runtime.Comparison(latency, speeds, [(s * 0.99, s * 1.01) for s in speeds])
+    def fake(sources: Any, feeds: Any, **_: Any) -> timing.Comparison:
+        slow = [isinstance(s, ir.Model) and "slow" in s.metadata_props for s in sources]
+        speeds = [0.5 if is_slow else 1.0 for is_slow in slow]
+        latency = [timing.Latency(1 / s, 1 / s, 1 / s, 9) for s in speeds]
+        return timing.Comparison(latency, speeds, [(s * 0.99, s * 1.01) for s in speeds])
 
-    monkeypatch.setattr(runtime, "compare_latency", fake)
+    monkeypatch.setattr(runtime, "compare_models", fake)
     keep, again = pipeline.parse("keep,keep(level=2)")
     result = _optimize(tiny, [keep, Slow(), again], bench=True)
     assert "slow was dropped: it made the model slower (0.50x)" in "\n".join(result.report.warnings)
@@ -385,17 +386,19 @@ def test_a_lossless_pass_that_makes_it_slower_is_dropped(tiny: Path, monkeypatch
     assert result.report.bench[0]["speedup"] == 1.0
 
 
-def test_what_two_sessions_of_one_file_differ_by_is_noise(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(speeds: list[float]) -> Any:
-        latency = [runtime.Latency(1 / s, 1 / s, 1 / s, 9) for s in speeds]
-        compared = runtime.Comparison(latency, speeds, [(s - 0.01, s + 0.01) for s in speeds])
-        monkeypatch.setattr(runtime, "compare_latency", lambda *_, **__: compared)
+def test_a_pass_is_dropped_only_when_the_interval_says_it_is_slower(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(interval: tuple[float, float]) -> Any:
+        latency = [timing.Latency(1.0, 1.0, 1.0, 9)] * 2
+        compared = timing.Comparison(latency, [1.0, 0.95], [(1.0, 1.0), interval])
+        monkeypatch.setattr(runtime, "compare_models", lambda *_, **__: compared)
         return _optimize(tiny, bench=True)
 
-    noisy = fake([1.0, 0.93, 0.95])
+    noisy = fake((0.87, 1.03))
     assert _kept(noisy) == "keep"
-    assert noisy.report.bench[0]["interval"] == pytest.approx([0.87, 1.03])
-    assert _kept(fake([1.0, 0.99, 0.95])) == "", "slower beyond noise"
+    assert noisy.report.bench[0]["interval"] == [0.87, 1.03]
+    assert _kept(fake((0.93, 0.97))) == "", "slower beyond noise"
 
 
 def test_progress_is_shown(tiny: Path) -> None:

@@ -35,8 +35,8 @@ def test_the_engine_imports_no_pass(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*ENGINE, *PASSES], ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_runtime_imports_onnxruntime(path: Path) -> None:
-    if path.name != "runtime.py":
+def test_only_the_runtime_and_its_worker_import_onnxruntime(path: Path) -> None:
+    if path.name not in ("runtime.py", "worker.py"):
         assert not [name for name in _imports(path) if name.split(".")[0] == "onnxruntime"]
 
 
@@ -44,6 +44,11 @@ def test_only_the_runtime_imports_onnxruntime(path: Path) -> None:
 def test_nothing_of_the_tests_or_tools_is_imported(path: Path) -> None:
     rude = {"tests", "models", "bench", "onnxscript", "torch", "pytest", "hypothesis"}
     assert not {name.split(".")[0] for name in _imports(path)} & rude
+
+
+def test_a_worker_needs_onnxruntime_and_numpy_only() -> None:
+    found = {name.split(".")[0] for name in _imports(ROOT / "onnxslim" / "worker.py")}
+    assert found - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
 
 
 def test_every_installed_pass_is_named_like_its_file_and_described() -> None:
@@ -92,5 +97,6 @@ def test_the_wheel_holds_onnxslim_and_nothing_else(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path)], cwd=source, capture_output=True, text=True, check=True)
     names = zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]).namelist()
     assert {name.split("/")[0] for name in names} == {"onnxslim", "onnxslim-1.0.0.dist-info"}
-    assert {"onnxslim/py.typed", "onnxslim/cli.py", "onnxslim/passes/__init__.py"} <= set(names)
+    assert {"onnxslim/py.typed", "onnxslim/cli.py", "onnxslim/worker.py", "onnxslim/passes/__init__.py"} <= set(names)
+    assert {f"onnxslim/web/{p.name}" for p in (ROOT / "onnxslim" / "web").iterdir()} <= set(names)
     assert not [name for name in names if name.endswith((".onnx", ".npz"))]

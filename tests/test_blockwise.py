@@ -19,6 +19,7 @@ from onnxslim import model as model_io
 from onnxslim.blockwise import Format, Inputs, dequantize, quantize
 from onnxslim.contract import Context, Outcome
 from onnxslim.errors import UsageError
+from onnxslim.graph import opset
 from onnxslim.passes.int4 import Int4
 from onnxslim.passes.int8_weights import Int8Weights
 
@@ -157,8 +158,18 @@ def test_what_cannot_be_stored_is_named() -> None:
         "conv": "Conv has no kernel for weights in blocks",
         "gemm": "its weight has fewer than 4096 elements",
     }
+    assert opset(model) == 17  # nothing to store, nothing to raise
     _, outcome = apply(decoder(layers=1), Int4(keep=("gemm0",)))
     assert [(s.node, s.reason) for s in outcome.skipped] == [("gemm0", "asked to stay in float")]
+
+
+def test_an_opset_that_cannot_be_raised() -> None:
+    old = decoder(layers=1)
+    old.opset_import[0].version = 6
+    model = model_io.load(old)
+    outcome = Int4().apply(model, Context(calibration=data.Data("nothing", 0, lambda k: {}, ()), threads=1))
+    assert {s.node for s in outcome.skipped} == {"matmul0", "gemm0"}
+    assert all("opset 6" in s.reason for s in outcome.skipped)
 
 
 @pytest.mark.parametrize("block", [0, 8, 48])

@@ -79,9 +79,9 @@ def test_json_to_a_file_leaves_the_table(run: Run, tiny: Path, passes: dict[str,
 
 def test_latency_is_measured_by_default(run: Run, tiny: Path, passes: dict[str, Any], monkeypatch: Any) -> None:
     counted = []
-    original = runtime.compare_latency
+    original = runtime.compare_models
     monkeypatch.setattr(
-        runtime, "compare_latency", lambda *a, **k: counted.append(1) or original(*a, **{**k, "seconds": 0.05})
+        runtime, "compare_models", lambda *a, **k: counted.append(1) or original(*a, **{**k, "seconds": 0.05})
     )
     assert "ms on cpu" in run(tiny, "out.onnx", "--passes", "keep", "--threads", "1")
     assert counted
@@ -192,16 +192,73 @@ def test_compare(run: Run, tiny: Path, samples: Maker) -> None:
     assert "NaN" in run.err
 
 
+def test_compare_by_layer(run: Run, tiny: Path) -> None:
+    facts = json.loads(run("compare", tiny, tiny, "--layers", "--json"))
+    assert [row["layer"] for row in facts["layers"]] == ["conv", "gemm"]
+    assert all(row["error"] < 1e-6 for row in facts["layers"])
+    assert "added here" in run("compare", tiny, tiny, "--layers")
+
+
 def test_bench(run: Run, tiny: Path) -> None:
     Path("copy.onnx").write_bytes(tiny.read_bytes())
-    facts = json.loads(run("bench", tiny, "copy.onnx", "--seconds", "0.2", "--threads", "1", "--json"))
+    text = run(
+        "bench",
+        tiny,
+        "copy.onnx",
+        "--seconds",
+        "0.2",
+        "--threads",
+        "1",
+        "--profile",
+        "--json",
+        "b.json",
+        "--csv",
+        "b.csv",
+    )
+    assert "copy.onnx" in text and "peak MB" in text and "Gemm" in text
+    facts = json.loads(Path("b.json").read_text())
     first, second = facts["bench"]
     assert first["speedup"] == 1
     assert second["interval"][0] <= second["speedup"] <= second["interval"][1]
-    assert "copy.onnx" in run("bench", tiny, "copy.onnx", "--seconds", "0.1", "--ep", "cpu")
-    if not runtime.available("cuda"):
-        run("bench", tiny, "--ep", "cpu,cuda", code=2)
-        assert "onnxruntime-gpu" in run.err
+    assert second["verdict"] in ("faster", "slower", "same within noise")
+    assert min(second["cold"][k] for k in ("load_ms", "first_ms", "peak_bytes")) > 0
+    assert sum(second["placement"]["nodes"]["CPUExecutionProvider"].values()) >= 3
+    assert Path("b.csv").read_text().startswith("latency\n")
+    compared = json.loads(run("bench", "compare", "b.json", "b.json", "--json"))
+    assert [row["change"] for row in compared["rows"]] == ["same within noise"] * 2
+    run("bench", "compare", "b.json", code=2)
+    run("bench", "compare", "b.json", tiny, code=2)
+    assert "is no result" in run.err
+
+
+def test_bench_goes_on_without_a_provider_that_is_missing(run: Run, tiny: Path) -> None:
+    if runtime.available("cuda"):
+        pytest.skip("this onnxruntime has CUDA")
+    text = run("bench", tiny, "--ep", "cpu,cuda", "--seconds", "0.1", "--markdown", "--threads", "1,2", code=1)
+    assert text.count(f"| {tiny} | cpu | 1 |") == 2  # latency and start
+    assert run.err.count("onnxslim doctor --setup cuda") == 1
+    run("bench", tiny, "--ep", "cuda", code=2)
+    assert "onnxslim doctor --setup cuda" in run.err
+
+
+@pytest.mark.parametrize(
+    "options", [["--ep", "tpu"], ["--ep", "cpu(colour=1)"], ["--threads", "x"], ["--batch", "0"], ["--json", "--csv"]]
+)
+def test_bad_usage_of_bench(run: Run, tiny: Path, options: list[str]) -> None:
+    run("bench", tiny, "--seconds", "0.1", *options, code=2)
+    assert run.err.startswith("onnxslim: ")
+
+
+def test_report_as_a_page(run: Run, tiny: Path, passes: dict[str, Any]) -> None:
+    run(
+        tiny, "out.onnx", "--passes", "keep", "--no-bench", "--bench-ep", "cpu(affinity=[0])", "--report", "r.html",
+        "--threads", "1",
+    )  # fmt: skip
+    page = Path("r.html").read_text()
+    for part in ("tiny.onnx → out.onnx", "<h2>Layers</h2>", "cpu(affinity=[0])", "Where this was measured"):
+        assert part in page
+    run(tiny, "out.onnx", "--report", "out.onnx", code=2)
+    run(tiny, "out.onnx", "--bench-ep", "tpu", code=2)
 
 
 def test_passes(run: Run, passes: dict[str, Any]) -> None:

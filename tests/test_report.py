@@ -67,7 +67,6 @@ def test_json_has_the_keys_of_the_contract() -> None:
         "fidelity",
         "metric",
         "bench",
-        "integer",
         "environment",
         "warnings",
     ]

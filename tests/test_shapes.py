@@ -15,6 +15,7 @@ from node_corpus import cases, is_tensor, loaded, with_constants
 
 from onnxslim import model as model_io
 from onnxslim import symbolic
+from onnxslim.graph import set_constant
 from onnxslim.shapes import Shapes
 
 
@@ -126,3 +127,38 @@ def test_inputs_of_loop_bodies_have_no_shape() -> None:
     body = next(iter(model.graph.subgraphs()))
     assert shapes.shape(body.inputs[2]) is None
     assert shapes.shape(model.graph.outputs[0]) is None
+
+
+def test_shapes_found_are_declared_and_correct_what_was_declared_wrongly() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 4] x) => (float[a, b] y) <float[7, 7] wrong, float[c, 2] half> {
+            wrong = Relu(x)
+            new = Transpose<perm=[1, 0]>(wrong)
+            half = Compress<axis=1>(wrong, m)
+            y = MatMul(wrong, new)
+        }"""
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([True, False, True, False]), "m"))
+    model = model_io.load(proto)
+    outputs = [list(v.shape or ()) for v in model.graph.outputs]
+    Shapes(model).run().declare()
+    declared = {v.name: v.shape for node in model.graph for v in node.outputs}
+    assert [str(d) for d in declared["wrong"]] == ["n", "4"]
+    assert [str(d) for d in declared["new"]] == ["4", "n"]
+    assert [list(v.shape or ()) for v in model.graph.outputs] == outputs
+    assert declared["half"][1] == 2  # what inference does not know stays
+
+
+def test_a_weight_with_new_content_is_known_anew() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[6] x) => (float[2, 3] y) { y = Reshape(x, t) }'
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 3]), "t"))
+    model = model_io.load(proto)
+    shapes, weight = Shapes(model), model.graph.initializers["t"]
+    for content in ([2, 3], [3, 2], [6]):
+        set_constant(weight, np.array(content))
+        known = shapes.content(weight)
+        assert known is not None and known.tolist() == content
+        assert shapes.shape(weight) == (len(content),)

@@ -103,6 +103,21 @@ def test_forms_of_one_size_are_one_expression() -> None:
     assert symbolic.unknown() != symbolic.unknown()
 
 
+def test_size_meets_its_minimum_with_a_number() -> None:
+    n = symbolic.named("n")
+    capped = symbolic.minimum(n, 64)
+    assert symbolic.broadcast(n, capped) == symbolic.broadcast(capped, n) == n
+    # min(n, 1) is 1 for every n above: it does not say what n is, nor does the minimum with another size.
+    for other in (symbolic.minimum(n, 1), symbolic.minimum(n, symbolic.named("m"))):
+        assert symbolic.broadcast(n, other) != n or other == n
+
+
+def test_only_a_named_dimension_has_a_name() -> None:
+    n = symbolic.named("n")
+    assert symbolic.name_of(n) == "n"
+    assert all(symbolic.name_of(d) is None for d in (3, n * 2, n * n, n + 1, symbolic.unknown()))
+
+
 @pytest.mark.parametrize(("a", "b"), [(1, 5), (5, 1), (5, 5), (1, 1), (0, 1)])
 def test_broadcast_of_sizes_that_turn_out_to_fit(a: int, b: int) -> None:
     x, y = symbolic.named("x"), symbolic.named("y")

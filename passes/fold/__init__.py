@@ -15,6 +15,7 @@ from onnxslim.passes.fold.branches import merge_branches
 from onnxslim.passes.fold.chains import merge_chains
 from onnxslim.passes.fold.pads import absorb_pads
 from onnxslim.passes.fold.products import merge_products
+from onnxslim.passes.fold.scales import absorb_scales
 from onnxslim.passes.fold.work import Work
 from onnxslim.sharing import deduplicate_initializers
 
@@ -26,6 +27,7 @@ RULES: Sequence[Callable[[Work], None]] = (
     lambda work: absorb_before(work, HEAVY),
     lambda work: absorb_after(work, LIGHT),
     lambda work: absorb_before(work, LIGHT),
+    absorb_scales,
     merge_products,
     merge_branches,
     merge_chains,
@@ -51,6 +53,8 @@ class Fold(Pass):
       second pads nothing or no bias stands in between. Only where the product has no more weights than the two.
     * branches that are added (3x3 + 1x1 + identity of RepVGG, ``W x + B (A x)`` of LoRA): exact when they read the same
       value at positions that the largest of them reads, with one stride, and give results of one size.
+    * Mul and Div by a number, however far behind a linear operator (the scale of attention): exact when what stands in
+      between is homogeneous, and everything that reads a value which changes is scaled, once.
     * Pad by constant amounts of spatial axes: zeros into Conv; zeros into AveragePool that counts them; into MaxPool
       what can never be the maximum of a window.
 

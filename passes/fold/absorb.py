@@ -272,7 +272,8 @@ def _absorb_chain_before(work: Work, chain: Affine, linears: list[Linear]) -> st
         # What padding cannot see stays in front, as x + t / s.
         offset = np.asarray(chain.offset / chain.scale)
         left = dataclasses.replace(chain, offset=np.array(0.0))
-        if np.any(~np.isfinite(offset)):
+        # An offset alone stays as it is, also where it is written as a BatchNormalization.
+        if np.any(~np.isfinite(offset)) or not (chain.scales or len(chain.nodes) > 1):
             return "zero padding does not see its offset"
     changes: list[Rewrite] = []
     removed = len(chain.nodes)

@@ -151,6 +151,12 @@ class Layer:
             return None
         return value if value.shape.numpy() == (len(self.matrix(model)),) and self.site.data == 0 else None
 
+    def stated(self, model: ir.Model) -> np.ndarray | float:
+        """What ``model`` adds in the place of `bias`, 0 where it has none."""
+        node = self.node(model)
+        value = (node.inputs[2] if len(node.inputs) > 2 else None) if self.biased else self.bias(model)
+        return 0.0 if value is None else np.asarray(constant(value), np.float64)
+
 
 def layer(site: Site) -> Layer | None:
     """``site`` as a layer, or None when its outputs cannot be refitted in closed form."""

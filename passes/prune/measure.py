@@ -14,8 +14,8 @@ from onnxslim.channels import Labels
 from onnxslim.contract import Context
 from onnxslim.coupling import Coupling, Family, Site
 from onnxslim.data import Data
-from onnxslim.graph import attribute, constant, is_constant, is_op, set_constant
-from onnxslim.passes.prune.importance import Contribution
+from onnxslim.graph import attribute, constant, set_constant
+from onnxslim.passes.prune.importance import RIDGE, Contribution
 from onnxslim.passes.prune.layers import Layer, layer
 
 ROWS = 24_000  # observations per contraction
@@ -23,37 +23,50 @@ ROWS = 24_000  # observations per contraction
 
 @dataclasses.dataclass
 class Factor:
-    """A contraction as a matrix (out, n) over its channels, with the moments (n, n) and means (n,) of what it reads.
+    """A contraction as a matrix (out, n) over its channels, with the second moments (n, n) of what it reads.
 
-    ``layer`` is set where the weights can be refitted.
+    Attributes:
+        moments, held: of the samples that are fitted, and of those held back (about the mean of the former).
+        every: of all samples, with the mean (n,).
+        layer: set where the weights can be refitted.
+        ridge: the relative λ to refit with.
     """
 
     matrix: np.ndarray
     moments: np.ndarray
+    held: np.ndarray | None
+    every: np.ndarray
     mean: np.ndarray
     layer: Layer | None
+    ridge: float = RIDGE
 
 
-def factors(coupled: Coupling, families: Sequence[Family], ctx: Context) -> dict[Site, Factor]:
+def factors(
+    coupled: Coupling, families: Sequence[Family], fit: Data, held_out: Data, ctx: Context
+) -> dict[Site, Factor]:
     """Measure every contraction that some family feeds, in one pass over the calibration data."""
     sites = {id(site): site for family in families for site in family.sites}
-    limit = max(-(-ROWS // max(len(ctx.calibration), 1)), 16)
-    statistics: dict[tuple[str, int], RowMoments] = {}
-    for site in sites.values():
-        for value, axis, rank in _operands(site):
-            statistics.setdefault((value, axis - rank), RowMoments(_rows(axis, limit)))
-    attached: dict[str, list[RowMoments]] = {}
-    for (value, _), statistic in statistics.items():
-        attached.setdefault(value, []).append(statistic)
-    collect(coupled.model, attached, ctx, label="measure channels")
-    return {site: _factor(site, {key: s.moments for key, s in statistics.items()}) for site in sites.values()}
+    limit = max(-(-ROWS // max(len(fit), 1)), 16)
+    parts: list[dict[tuple[str, int], Moments]] = []
+    for data in (fit, held_out):
+        statistics: dict[tuple[str, int], RowMoments] = {}
+        for site in sites.values():
+            for value, axis, rank in _operands(site):
+                statistics.setdefault((value, axis - rank), RowMoments(_rows(axis, limit)))
+        attached: dict[str, list[RowMoments]] = {}
+        for (value, _), statistic in statistics.items():
+            attached.setdefault(value, []).append(statistic)
+        collect(coupled.model, attached, ctx, data=data, label="measure channels")
+        parts.append({key: s.moments for key, s in statistics.items()})
+    return {site: _factor(site, *parts) for site in sites.values()}
 
 
 def contributions(coupled: Coupling, family: Family, measured: Mapping[Site, Factor]) -> list[Contribution]:
     """What the contractions that read ``family`` say about its units."""
     return [
-        Contribution(measured[site].matrix, measured[site].moments, units(coupled, family, site.labels))
+        Contribution(factor.matrix, factor.moments, units(coupled, family, site.labels), factor.held)
         for site in family.sites
+        for factor in [measured[site]]
     ]
 
 
@@ -69,16 +82,47 @@ def channels(coupled: Coupling, family: Family) -> int:
     return max(int((units(coupled, family, site.labels) >= 0).sum()) for site in family.sites)
 
 
-def savings(coupled: Coupling, family: Family) -> tuple[float, float]:
-    """Parameters and MACs that leave with one unit, the MACs for the sample that was analyzed."""
-    parameters = macs = 0.0
+def ranked(kind: str, coupled: Coupling, family: Family, told: Sequence[Contribution]) -> np.ndarray | None:
+    """Units in the order in which a plain criterion lets them leave; None for the surgeon's own order.
+
+    variance: of a channel, times the square of its outgoing weights (An et al., arXiv:2312.11983). magnitude: the norm
+    of all weights that leave with the unit. median: its distance to all other units (He et al., arXiv:1811.00250).
+    """
+    count = len(family.atoms)
+    if kind == "obs":
+        return None
+    if kind == "variance":
+        scores = np.zeros(count)
+        for c in told:
+            energy = max(float(np.sum((c.matrix @ c.moments) * c.matrix)), 1e-30)
+            inside = c.units >= 0
+            each = np.diag(c.moments) * np.sum(c.matrix**2, axis=0) / energy
+            scores += np.bincount(c.units[inside], each[inside], minlength=count)
+        return np.argsort(scores, kind="stable")
+    rows = vectors(coupled, family)
+    squares = np.sum(rows**2, axis=1)
+    if kind == "magnitude":
+        return np.argsort(squares, kind="stable")
+    distances = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * rows @ rows.T, 0))
+    return np.argsort(distances.sum(axis=1), kind="stable")
+
+
+def vectors(coupled: Coupling, family: Family) -> np.ndarray:
+    """All weights that leave with each unit, side by side, every tensor scaled to a mean square of 1: (units, ·)."""
+    count = len(family.atoms)
+    parts = []
     for value, axis in family.weights:
         labels = coupled.labels[value][axis]
-        assert labels is not None and value.const_value is not None
-        share = (units(coupled, family, labels) >= 0).sum() / len(family.atoms) / len(labels)
-        parameters += value.const_value.size * share
-        macs += value.const_value.size * share * _uses(coupled, value)
-    return parameters, macs
+        array = constant(value)
+        if labels is None or array is None or array.dtype.kind != "f":
+            continue
+        of = units(coupled, family, labels)
+        rows = np.moveaxis(array, axis, 0).reshape(len(labels), -1).astype(np.float64)
+        rows = rows / max(float(np.sqrt(np.mean(rows**2))), 1e-30)
+        each = [rows[of == unit].ravel() for unit in range(count)]
+        if len({len(e) for e in each}) == 1:
+            parts.append(np.stack(each))
+    return np.concatenate(parts, axis=1) if parts else np.zeros((count, 0))
 
 
 def sensitivity(
@@ -103,7 +147,7 @@ def sensitivity(
         for site, factor in measured.items():
             removed = gone(site.labels)
             if factor.layer is not None and removed.any():
-                _compensate(trial, factor.layer, factor, removed)
+                compensate(trial, factor, removed)
         runner = runtime.load(trial, threads=ctx.threads)
         errors = [output_error(e, runtime.run(runner, f)) for e, f in zip(expected, data.feeds(), strict=True)]
         result.append(float(np.mean(errors)))
@@ -121,12 +165,19 @@ def output_error(expected: Mapping[str, object], got: Mapping[str, object]) -> f
     return float(np.mean(errors)) if errors else 0.0
 
 
-def _compensate(model: ir.Model, item: Layer, factor: Factor, removed: np.ndarray) -> None:
-    """Refit one layer to the channels that stay, V = (M G_:K + λ M_K)(G_KK + λI)⁻¹ and the bias from the means."""
+def compensate(model: ir.Model, factor: Factor, removed: np.ndarray, *, every: bool = False) -> None:
+    """Refit one layer to the channels that stay, V = (M G_:K + λ M_K)(G_KK + λI)⁻¹ and the bias from the means.
+
+    ``every``: from all samples, not only from those that are fitted.
+    """
+    item = factor.layer
+    if item is None or removed.all():
+        return
     keep = ~removed
-    kept = factor.moments[np.ix_(keep, keep)]
-    ridge = 1e-2 * max(float(np.mean(np.diag(kept))), 1e-12)
-    right = factor.matrix @ factor.moments[:, keep] + ridge * factor.matrix[:, keep]
+    moments = factor.every if every else factor.moments
+    kept = moments[np.ix_(keep, keep)]
+    ridge = factor.ridge * max(float(np.mean(np.diag(kept))), 1e-12)
+    right = factor.matrix @ moments[:, keep] + ridge * factor.matrix[:, keep]
     fitted = np.zeros_like(factor.matrix)
     fitted[:, keep] = np.linalg.solve(kept + ridge * np.eye(len(kept)), right.T).T
     taps = item.taps
@@ -164,52 +215,30 @@ def _rows(axis: int, limit: int) -> Callable[[np.ndarray], np.ndarray]:
     return rows
 
 
-def _factor(site: Site, moments: Mapping[tuple[str, int], Moments]) -> Factor:
-    found = [moments[value, axis - rank] for value, axis, rank in _operands(site)]
+def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tuple[str, int], Moments]) -> Factor:
+    found = [(fit[value, axis - rank], held[value, axis - rank]) for value, axis, rank in _operands(site)]
     n = len(site.labels)
-    if any(m.empty for m in found):
-        return Factor(np.zeros((1, n)), np.zeros((n, n)), np.zeros(n), None)
-    mean = found[0].mean()
+    if any(m.empty for pair in found for m in pair):
+        nothing = np.zeros((n, n))
+        return Factor(np.zeros((1, n)), nothing, None, nothing, np.zeros(n), None)
+    both = [a.joined(b) for a, b in found]
+    mean = both[0].mean()
     if site.weight < 0:
         # Both factors vary: the outputs are sums over n products, whose moments factorize when they are independent.
-        second = [m.second() for m in found]
-        return Factor(np.ones((1, n)), second[0] * second[1] if len(second) > 1 else second[0], mean, None)
+        moments, judge, every = (
+            np.prod([m.second() for m in each], axis=0) for each in (*zip(*found, strict=True), both)
+        )
+        return Factor(np.ones((1, n)), moments, judge, every, mean, None)
     weight = np.asarray(constant(site.node.inputs[site.weight]), np.float64)
-    covariance = _shrunk(found[0])
+    own, other = found[0]
+    moved = other.mean() - own.mean()
+    moments, judge, every = own.covariance(), other.covariance() + np.outer(moved, moved), both[0].covariance()
     if site.groups > 1 and site.node.op_type != "ConvTranspose":  # (out, n / groups, ...): groups side by side
         parts = weight.reshape(site.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
         group = np.arange(n) // (n // site.groups)
         # Channels of different groups never meet in one output: they cannot take over from each other.
-        return Factor(
-            np.moveaxis(parts, 2, 1).reshape(n, -1).T, covariance * (group[:, None] == group[None]), mean, None
-        )
-    return Factor(np.moveaxis(weight, site.weight_axis, -1).reshape(-1, n), covariance, mean, layer(site))
-
-
-def _shrunk(moments: Moments) -> np.ndarray:
-    """Covariance drawn towards its diagonal the more, the fewer observations there are per channel.
-
-    From fewer observations than channels every channel looks like a combination of others.
-    """
-    covariance = moments.covariance()
-    n = len(covariance)
-    weight = min(1.0, n / max(moments.count, 1)) ** 2
-    return (1 - weight) * covariance + weight * np.diag(np.diag(covariance))
-
-
-def _uses(coupled: Coupling, value: ir.Value) -> float:
-    """How often each element of a weight is multiplied."""
-    total = 0.0
-    for use in value.uses():
-        node = use.node
-        if not is_op(node, "Conv", "ConvTranspose", "Gemm", "MatMul") or not is_constant(value) or use.idx > 1:
-            continue
-        shape = coupled.shape(value)
-        if node.op_type == "ConvTranspose":
-            data = node.inputs[0]
-            assert data is not None
-            total += float(np.prod(coupled.shape(data))) / shape[0]
-            continue
-        out = shape[0] if node.op_type == "Conv" or attribute(node, "transB", 0) else shape[-1]
-        total += float(np.prod(coupled.shape(node.outputs[0]))) / out
-    return total
+        apart = group[:, None] == group[None]
+        matrix = np.moveaxis(parts, 2, 1).reshape(n, -1).T
+        return Factor(matrix, moments * apart, judge * apart, every * apart, mean, None)
+    matrix = np.moveaxis(weight, site.weight_axis, -1).reshape(-1, n)
+    return Factor(matrix, moments, judge, every, mean, layer(site))

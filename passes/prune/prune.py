@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,16 +17,23 @@ from onnxslim.coupling import Coupling, Family, Site
 from onnxslim.data import Data
 from onnxslim.errors import CheckError
 from onnxslim.graph import set_constant
-from onnxslim.passes.prune import allocate, importance, measure
+from onnxslim.passes.prune import allocate, measure
+from onnxslim.passes.prune import importance as surgeon
+from onnxslim.passes.prune import lossless as free_channels
+from onnxslim.passes.prune import record as plans
 from onnxslim.passes.prune.layers import Layer, layer
+from onnxslim.passes.prune.plan import Planner
 from onnxslim.passes.prune.reconstruct import refit
 
 TRIALS = 8  # plans tried without refitting
 ATTEMPTS = 3  # plans, each more careful, before "nothing is nearly free"
 PROBES = 16  # samples on which each family's meaning for the outputs is measured
+LEVELS = (0.35, 1.0)  # parts of what may leave a family at which that is measured
 FELT = 1e-4  # relative error of the readers that is more than rounding
 MOST = 0.6  # share of a family that can leave when only what is nearly free may
+HELD = 0.2  # share of the samples that judge
 ORACLE = 1e-3  # relative difference allowed between the masked and the pruned model at run time (float32 rounding)
+BUDGETS = ("ratio", "params", "macs", "latency")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +50,28 @@ class Prune(Pass):
     calibration samples that the fit has not seen, stays below ``tolerance``. Layer normalization axes, model inputs
     and outputs, and whatever passes an operator without a rule stay as they are; the report names them.
 
+    A budget removes more. ``ratio`` is what leaves; ``params``, ``macs`` and ``latency`` are what may stay: a fraction
+    of the input's up to 1, an absolute number above 1. Widths are chosen over the whole network so that the errors of
+    the outputs, measured per family, add up to the least (a knapsack); milliseconds come from kernel times measured on
+    narrower models and are checked on the result. At most one budget can be given.
+
+    With ``lossless`` only channels without any effect leave: dead and constant ones, and copies of others. The outputs
+    stay what they were.
+
     Options:
-        ratio: remove as many parameters as cutting this fraction of all channels would (0 to 1), where it costs least.
-        tolerance: relative squared error of the outputs that is nearly free, when no ratio is given.
+        ratio: fraction of the parameters to remove (0 to 1), where it costs least: 0.3 is the same as params=0.7.
+        params: parameters that may stay.
+        macs: multiplications per sample that may stay.
+        latency: time of one sample that may stay (above 1: milliseconds), on this machine.
+        tolerance: relative squared error of the outputs that is nearly free, when there is no budget.
         protect: regular expressions; families whose name or weights match stay whole.
+        only: regular expressions; only families whose name or weights match may shrink.
+        importance: what orders the channels of a family: obs (see above), variance (of a channel times its outgoing
+            weights), magnitude (of all weights that leave with it) or median (those nearest to all others leave first).
         refit: refit the remaining weights (switch off only to see what it brings).
+        lossless: remove only what provably has no effect.
+        record: write what is kept of every weight to this file, as JSON.
+        plan: remove what such a file says, instead of choosing.
     """
 
     name: ClassVar[str] = "prune"
@@ -56,59 +80,84 @@ class Prune(Pass):
     needs_data: ClassVar[bool] = True
 
     ratio: float | None = None
+    params: float | None = None
+    macs: float | None = None
+    latency: float | None = None
     tolerance: float = 1e-2
     protect: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    importance: Literal["obs", "variance", "magnitude", "median"] = "obs"
     refit: bool = True
+    lossless: bool = False
+    record: str | None = None
+    plan: str | None = None
 
     def __post_init__(self) -> None:
+        given = [name for name in (*BUDGETS, "plan") if getattr(self, name) is not None]
+        given += ["lossless"] if self.lossless else []
+        self.require(len(given) < 2, f"{' and '.join(given)} are given: give one of them")
         self.require(self.ratio is None or 0 <= self.ratio < 1, f"ratio={self.ratio} must be at least 0 and below 1")
+        for name in ("params", "macs", "latency"):
+            value = getattr(self, name)
+            self.require(value is None or value > 0, f"{name}={value} must be above 0: what may stay")
         self.require(self.tolerance >= 0, f"tolerance={self.tolerance} must not be negative")
-        for pattern in self.protect:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                self.require(False, f"protect={pattern!r} is not a regular expression: {error}")
+        for option in ("protect", "only"):
+            for pattern in getattr(self, option):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    self.require(False, f"{option}={pattern!r} is not a regular expression: {error}")
+
+    @property
+    def budgeted(self) -> bool:
+        """True when the user has said how much must leave."""
+        return any(getattr(self, name) is not None for name in (*BUDGETS, "plan"))
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         """Remove channels from ``model`` in place."""
-        coupled = coupling.analyze(model, ctx.calibration.feed(ctx.calibration[0]), threads=ctx.threads)
+        feed = ctx.calibration.feed(ctx.calibration[0])
+        if self.lossless:
+            return self._free(model, feed, ctx)
+        coupled = coupling.analyze(model, feed, threads=ctx.threads)
         outcome = Outcome(skipped=[Skip(name, why) for name, why in coupled.frozen().items()])
         families = self._candidates(coupled, outcome)
         outcome.stats["families"] = len(families)
         if not families:
             return outcome
-        if ctx.synthetic and self.ratio is None:
-            outcome.skipped.append(Skip("*", "no calibration data: what is nearly free cannot be known; give a ratio"))
+        if ctx.synthetic and not self.budgeted:
+            outcome.skipped.append(Skip("*", "no calibration data: what is nearly free cannot be known; give a budget"))
             return outcome
-        fit, held_out = ctx.calibration.split(0.15)
-        judge = dataclasses.replace(ctx, calibration=fit)
-        measured = measure.factors(coupled, families, judge)
-        orders, candidates = self._judge(coupled, families, measured, held_out, judge)
-
-        def plan(tolerance: float) -> tuple[list[int], np.ndarray]:
-            if self.ratio is None:
-                counts = allocate.within(candidates, tolerance)
-            else:
-                counts = allocate.at_ratio(candidates, self.ratio)
-            leaving = [f.atoms[o.units[:m]] for f, o, m in zip(families, orders, counts, strict=True)]
-            return counts, np.concatenate([np.empty(0, np.int64), *leaving])
+        fit, held_out = ctx.calibration.split(HELD)
+        measured = measure.factors(coupled, families, fit, held_out, ctx)
+        if self.plan is None:
+            orders, candidates = self._judge(coupled, families, measured, held_out, ctx)
+        else:
+            leaving = plans.read(self.plan, families)
+            orders = [surgeon.Order(units, np.zeros(len(units))) for units in leaving]
+            candidates = []
+        planner = Planner(coupled, families, orders, candidates, ctx)
 
         allowed = self.tolerance
         for attempt in range(ATTEMPTS):
-            counts, atoms = plan(np.inf)
-            if self.ratio is None:
+            if self.plan is not None:
+                counts = [len(o.units) for o in orders]
+            elif self.budgeted:
+                counts = planner.budget(*self._budget(), outcome)
+            else:
                 # The sum of what the families cost alone is only an estimate: try plans before refitting one.
                 low, high = 0.0, 8 * self.tolerance
                 for trial in range(TRIALS):
                     middle = high / 8 if trial == 0 else (low + high) / 2
-                    tried = measure.sensitivity(coupled, measured, [plan(middle)[1]], held_out.spread(PROBES), ctx)[0]
+                    atoms = planner.atoms(planner.within(middle))
+                    tried = measure.sensitivity(coupled, measured, [atoms], held_out.spread(PROBES), ctx)[0]
                     low, high = (middle, high) if tried <= allowed else (low, middle)
-                counts, atoms = plan(low)
+                counts = planner.within(low)
+            atoms = planner.atoms(counts)
             outcome.stats["plans"] = attempt + 1
             if not len(atoms):
                 break
-            masked, error = self._refitted(model, coupled, atoms, fit, held_out, ctx, outcome)
-            if self.ratio is not None or error <= self.tolerance:
+            masked, error = self._refitted(model, coupled, atoms, measured, fit, held_out, ctx, outcome)
+            if self.budgeted or error <= self.tolerance:
                 break
             allowed *= min(0.5, 0.7 * self.tolerance / error)
         else:
@@ -123,11 +172,34 @@ class Prune(Pass):
             removed=int(sum(counts)),
             widths={f.name: [len(f.atoms), len(f.atoms) - m] for f, m in zip(families, counts, strict=True) if m},
         )
+        if self.record is not None:
+            gone = [o.units[:m] for o, m in zip(orders, counts, strict=True)]
+            plans.write(self.record, plans.kept(coupled, atoms), families, gone)
         if len(atoms):
-            _copy_weights(masked, model)
+            _copy_weights(masked, coupled)
             coupled.remove(atoms)
-            _check_oracle(masked, model, ctx)
+            outcome.stats["oracle"] = _check_oracle(masked, model, ctx)
         return outcome
+
+    def _free(self, model: ir.Model, feed: Mapping[str, np.ndarray], ctx: Context) -> Outcome:
+        """Remove from ``model`` what has no effect."""
+        original = model.clone()
+        outcome = Outcome()
+        coupled = coupling.analyze(original, feed, threads=ctx.threads)
+        families = self._candidates(coupled, outcome)
+        found, left = free_channels.remove_free(model, feed, lambda c: self._candidates(c, Outcome()), ctx.threads)
+        outcome.stats.update({"families": len(families), **found})
+        if any(found.values()):
+            outcome.stats["oracle"] = _check_oracle(original, model, ctx)
+        if self.record is not None:
+            plans.write(self.record, left)
+        return outcome
+
+    def _budget(self) -> tuple[str, float]:
+        """What is budgeted, and how much of it may stay."""
+        if self.ratio is not None:
+            return "params", 1 - self.ratio
+        return next((n, float(v)) for n in ("params", "macs", "latency") if (v := getattr(self, n)) is not None)
 
     def _candidates(self, coupled: Coupling, outcome: Outcome) -> list[Family]:
         """Families that may shrink; those that the user protects are skipped."""
@@ -136,9 +208,18 @@ class Prune(Pass):
             names = [family.name, *(v.name or "" for v, _ in family.weights)]
             if any(re.search(p, n) for p in self.protect for n in names):
                 outcome.skipped.append(Skip(family.name, "protected"))
+            elif self.only and not any(re.search(p, n) for p in self.only for n in names):
+                outcome.skipped.append(Skip(family.name, "matches none of the patterns of only"))
             else:
                 families.append(family)
         return families
+
+    def _most(self) -> float:
+        """The share of a family that may leave."""
+        if not self.budgeted:
+            return MOST
+        kept = self._budget()[1]
+        return 0.95 if kept > 1 else min(0.95, 2 * (1 - kept) + 0.25)
 
     def _judge(
         self,
@@ -147,29 +228,32 @@ class Prune(Pass):
         measured: Mapping[Site, measure.Factor],
         held_out: Data,
         ctx: Context,
-    ) -> tuple[list[importance.Order], list[allocate.Candidate]]:
+    ) -> tuple[list[surgeon.Order], list[allocate.Candidate]]:
         """The order of removal in each family, and what each step costs in error of the model's outputs."""
-        orders, probes = [], []
+        orders: list[surgeon.Order] = []
+        probes: list[list[int]] = []
+        limits = []
         for family in ctx.progress.track(families, total=len(families), label="rank channels"):
             count = len(family.atoms)
-            most = MOST if self.ratio is None else min(1.0, 2 * self.ratio)
-            limit = min(count - 1, int(np.ceil(most * count)))
-            found = importance.order(measure.contributions(coupled, family, measured), count, limit=limit)
+            limit = max(1, min(count - 1, int(np.ceil(self._most() * count))))
+            told = measure.contributions(coupled, family, measured)
+            first = measure.ranked(self.importance, coupled, family, told)
+            found = surgeon.order(told, count, limit=limit, first=first)
+            for site in family.sites:
+                measured[site].ridge = found.ridge
             orders.append(found)
-            # Half of what may leave, or more where that still costs nothing: a ratio of two zeros says nothing.
+            limits.append(limit)
+            # Where nothing is felt yet a ratio of two zeros says nothing.
             felt = int(np.searchsorted(found.error, FELT)) + 1
-            probes.append(family.atoms[found.units[: max(1, len(found.units) // 2, felt)]])
-        errors = measure.sensitivity(coupled, measured, probes, held_out.spread(PROBES), ctx)
-        saved = [measure.savings(coupled, family) for family in families]
-        totals = [max(sum(s[k] for s in saved), 1e-30) for k in (0, 1)]
+            probes.append(sorted({min(limit, max(1, int(part * limit), felt)) for part in LEVELS}))
+        tried = [f.atoms[o.units[:m]] for f, o, ms in zip(families, orders, probes, strict=True) for m in ms]
+        errors = iter(measure.sensitivity(coupled, measured, tried, held_out.spread(PROBES), ctx))
         candidates = []
-        for family, found, probe, error, save in zip(families, orders, probes, errors, saved, strict=True):
-            local = found.error[len(probe) - 1] if len(found.error) else 0.0
-            scale = error / max(local, FELT)
-            width = measure.channels(coupled, family)
-            gain = save[0] if self.ratio is not None else save[0] / totals[0] + save[1] / totals[1]
-            step = allocate.step_of(width, len(family.atoms))
-            candidates.append(allocate.Candidate(len(family.atoms), found.error * scale, gain, step))
+        for family, found, marks, limit in zip(families, orders, probes, limits, strict=True):
+            scales = [next(errors) / max(float(found.error[m - 1]), FELT) for m in marks]
+            curve = found.error * np.interp(np.arange(1, len(found.error) + 1), marks, scales)
+            step = allocate.step_of(measure.channels(coupled, family), len(family.atoms))
+            candidates.append(allocate.Candidate(len(family.atoms), np.maximum.accumulate(curve), step, limit))
         return orders, candidates
 
     def _refitted(
@@ -177,6 +261,7 @@ class Prune(Pass):
         model: ir.Model,
         coupled: Coupling,
         atoms: np.ndarray,
+        measured: Mapping[Site, measure.Factor],
         fit: Data,
         held_out: Data,
         ctx: Context,
@@ -191,15 +276,23 @@ class Prune(Pass):
         outcome.stats["error_masked"] = before
         if not self.refit or ctx.synthetic or not layers:
             return masked, before
-        refitted = masked.clone()
+        best, error, changed = masked, before, 0
+        closed = masked.clone()
+        for site, factor in measured.items():
+            if factor.layer is not None and (removed := gone(site.labels)).any():
+                measure.compensate(closed, factor, removed, every=True)
         moved = _moved(model, coupled, layers, gone)
+        refitted = closed.clone()
         count = refit(model, refitted, moved, lambda item: gone(item.site.labels), fit, held_out, ctx)
-        after = _error(model, refitted, held_out, ctx)
-        outcome.stats.update(error_refitted=after, refitted=count)
-        if after < before:
-            return refitted, after
-        outcome.skipped.append(Skip("*", f"refitting was dropped: error {after:.3g} instead of {before:.3g}"))
-        return masked, before
+        for trial, layers_changed, name in ((closed, len(measured), "closed"), (refitted, count, "refitted")):
+            after = _error(model, trial, held_out, ctx)
+            outcome.stats[f"error_{name}"] = after
+            if after < error:
+                best, error, changed = trial, after, layers_changed
+        outcome.stats["refitted"] = changed
+        if best is masked:
+            outcome.skipped.append(Skip("*", f"refitting was dropped: it does not lower the error of {before:.3g}"))
+        return best, error
 
 
 def _moved(
@@ -218,8 +311,9 @@ def _moved(
     return result
 
 
-def _copy_weights(source: ir.Model, target: ir.Model) -> None:
-    """Give ``target`` the weights of ``source``, and the biases that were added to it."""
+def _copy_weights(source: ir.Model, coupled: Coupling) -> None:
+    """Give the analyzed model the weights of ``source``, and the biases that were added to it."""
+    target = coupled.model
     for name, value in source.graph.initializers.items():
         array = value.const_value
         own = target.graph.initializers.get(name)
@@ -236,6 +330,7 @@ def _copy_weights(source: ir.Model, target: ir.Model) -> None:
         value = ir.Value(name=bias.name, const_value=bias.const_value, shape=bias.shape, type=bias.type)
         target.graph.register_initializer(value)
         own_node.replace_input_with(2, value)
+        coupled.labels[value] = [coupled.labels[own_node.outputs[0]][1]]  # it shrinks like the output
 
 
 def _error(original: ir.Model, candidate: ir.Model, data: Data, ctx: Context) -> float:
@@ -244,9 +339,14 @@ def _error(original: ir.Model, candidate: ir.Model, data: Data, ctx: Context) ->
     return float(np.mean([measure.output_error(*(runtime.run(r, feed) for r in runners)) for feed in data.feeds()]))
 
 
-def _check_oracle(masked: ir.Model, pruned: ir.Model, ctx: Context) -> None:
-    """Raise `CheckError` unless the masked and the pruned model agree on a few samples."""
+def _check_oracle(masked: ir.Model, pruned: ir.Model, ctx: Context) -> float:
+    """The largest relative difference between the masked and the pruned model on a few samples.
+
+    Raises:
+        CheckError: it is more than rounding, or an output has another shape.
+    """
     runners: list[Any] = [runtime.load(m, threads=ctx.threads) for m in (masked, pruned)]
+    largest = 0.0
     for feed in ctx.calibration.spread(2).feeds():
         expected, got = (runtime.run(r, feed) for r in runners)
         for name, array in expected.items():
@@ -254,7 +354,9 @@ def _check_oracle(masked: ir.Model, pruned: ir.Model, ctx: Context) -> None:
                 continue
             if array.shape != got[name].shape:
                 raise CheckError(f"prune: output {name} has shape {got[name].shape} instead of {array.shape}")
-            limit = ORACLE * float(np.abs(array).max()) + 1e-6
+            size = float(np.abs(array).max())
             worst = float(np.abs(array.astype(np.float64) - got[name]).max())
-            if not worst <= limit:
+            if not worst <= ORACLE * size + 1e-6:
                 raise CheckError(f"prune: output {name} differs by {worst:.3g} from the masked model's")
+            largest = max(largest, worst / max(size, 1e-3))
+    return largest

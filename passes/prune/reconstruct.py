@@ -14,6 +14,7 @@ columns become 0, which is the same function.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -151,30 +152,38 @@ def _solve(original: ir.Model, pruned: ir.Model, layer: Layer, moments: Sequence
     equations = [_Normal.of(m, bias is not None, layer.columns) for m in moments]
     fit, judge = equations[0], equations[-1]
     # For a shared layer t is the original observation x itself and V mixes channels: x ≈ V z_K, the same for every tap.
-    old = np.eye(layer.channels) if layer.shared else matrix
+    old = np.eye(layer.channels) if layer.shared else layer.matrix(pruned)
     old = np.where(keep, old, 0.0)
     kept = fit.zz[np.ix_(keep, keep)]
     scale = max(float(np.mean(np.diag(kept))), 1e-12)
     values, vectors = np.linalg.eigh(kept)
-    best, fitted = judge.loss(old), old
+    best, chosen = judge.loss(old), np.inf
     for ridge in RIDGES:
         right = fit.tz[:, keep] + ridge * scale * old[:, keep]
         trial = np.zeros_like(old)
         trial[:, keep] = (right @ vectors / (np.maximum(values, 0) + ridge * scale)) @ vectors.T
         loss = judge.loss(trial)
         if np.isfinite(trial).all() and loss < best:
-            best, fitted = loss, trial
+            best, chosen = loss, ridge
+    # What held-out samples have decided, all samples are fitted with.
+    every = _Normal.of(functools.reduce(Moments.joined, moments), bias is not None, layer.columns)
+    fitted = old
+    if np.isfinite(chosen):
+        kept = every.zz[np.ix_(keep, keep)]
+        right = every.tz[:, keep] + chosen * scale * old[:, keep]
+        fitted = np.zeros_like(old)
+        fitted[:, keep] = np.linalg.solve(kept + chosen * scale * np.eye(len(kept)), right.T).T
     if layer.shared:
         taps = matrix.reshape(len(matrix), layer.channels, layer.taps)
         new = np.einsum("oct,ck->okt", taps, fitted)
-        shift = taps.sum(axis=2) @ fit.t - new.sum(axis=2) @ fit.z
+        shift = taps.sum(axis=2) @ every.t - new.sum(axis=2) @ every.z
         fitted = new.reshape(matrix.shape)
     else:
-        shift = fit.t - fitted @ fit.z
+        shift = every.t - fitted @ every.z
     layer.write(pruned, fitted)
     if bias is not None:
         before = np.asarray(constant(bias))
         # The output of a Conv or Gemm has the bias in it, that of a MatMul or of a patch matrix has not.
-        base = before if layer.shared or not layer.biased else 0
+        base = layer.stated(original) if layer.shared or not layer.biased else 0
         set_constant(bias, (base + shift).astype(before.dtype))
     return True

@@ -12,7 +12,7 @@ import pytest
 # models/ is no installed package: it is imported from the checkout, as the command line does.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models import metrics, packages, zoo
+from models import corpus, metrics, packages, zoo
 from models.data import read_samples, write_folder, write_npz
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,7 @@ def test_package_is_pinned(name: str) -> None:
 
 def test_every_package_is_used() -> None:
     used = {package for model in MODELS.values() for package in model.packages}
+    used |= {described["package"] for described in corpus.taken().values()}
     assert used == set(packages.catalogue()["package"])
 
 

@@ -78,7 +78,7 @@ def fingerprint(model: ir.Model) -> list[Any]:
     return [*nodes, *((v.name, id(v.const_value)) for v in model.graph.initializers.values())]
 
 
-@pytest.mark.parametrize("text", ["simplify", "simplify,fold"])
+@pytest.mark.parametrize("text", ["simplify", "simplify,fold,fuse"])
 def test_every_node_case_keeps_its_outputs(text: str) -> None:
     passes = parse(text)
     tolerance = 0.0 if text == "simplify" else 1e-5

@@ -33,7 +33,7 @@ def hold(case: Case, passes: str) -> None:
     assert not changed, f"the second time it did {[o.stats for o in outcomes]}"
 
 
-@pytest.mark.parametrize("passes", ["simplify", "simplify,fold"])
+@pytest.mark.parametrize("passes", ["simplify", "simplify,fold,fuse"])
 @FEW
 @given(case=graphs())
 def test_lossless_passes_keep_any_graph(passes: str, case: Case) -> None:

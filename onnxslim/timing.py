@@ -1,0 +1,155 @@
+"""What measured rounds say: medians, ratios with intervals that hold, and how quiet the machine was.
+
+Rounds come in blocks (`onnxslim.worker.block`). Within a block every model runs once per round, so that a round
+compares passes of the same instant; each block makes its sessions anew, because two sessions of one file differ by more
+than the rounds of a session do. A block therefore counts as *one* independent observation of log(first / other), the
+median over its rounds, and the interval of the ratio is that of the centre of these observations:
+
+* from 8 blocks on by inverting Wilcoxon's signed-rank test: pairs of blocks are averaged (Walsh averages), and the
+  interval runs from the k-th smallest to the k-th largest. It assumes nothing about the noise but symmetry; its exact
+  coverage is the smallest one of at least `CONFIDENCE`. Hollander, Wolfe: Nonparametric Statistical Methods, 3.
+* with fewer by Student's t.
+
+Kalibera, Jones: Rigorous Benchmarking in Reasonable Time (ISMM 2013) explains why the level that varies is repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+# Of every interval that onnxslim prints for a ratio of times.
+CONFIDENCE = 0.99
+_SIGNED_RANK = 8
+# A pass that takes this many times the median of its model in its block was disturbed.
+_DISTURBED = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass: median, 10th and 90th percentile, number of runs."""
+
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Latencies of several models measured in turn, and each one's speed over the first with its interval.
+
+    ``disturbed`` is the share of passes that took over 1.5 times their model's median: what other processes did.
+    ``drift`` is the speed of the last blocks over that of the first (0.8: the machine became a quarter slower, as a
+    processor does that is throttled), 1 where that is within noise.
+    """
+
+    latency: list[Latency]
+    speedup: list[float]
+    interval: list[tuple[float, float]]
+    disturbed: float = 0.0
+    drift: float = 1.0
+    blocks: int = 1
+
+
+def verdict(speedup: float, interval: Sequence[float]) -> str:
+    """``faster`` or ``slower`` only where the whole interval says so, else ``same within noise``."""
+    low, high = interval
+    return "faster" if low > 1 else "slower" if high < 1 else "same within noise"
+
+
+def plan_blocks(load_seconds: float, seconds: float) -> int:
+    """How many blocks to measure in: many, unless making the sessions of one takes long beside ``seconds``."""
+    for count, most in ((12, 4.0), (_SIGNED_RANK, 8.0)):
+        if count * load_seconds <= most * seconds:
+            return count
+    return 5
+
+
+def compare(blocks: Sequence[np.ndarray], *, seed: int = 0) -> Comparison:
+    """Compare the models of ``blocks``, each (rounds, models) in ms; one block gives the interval of its rounds."""
+    tables = [np.asarray(b, np.float64) for b in blocks]
+    together = np.concatenate(tables)
+    latency = [
+        Latency(float(np.median(c)), float(np.percentile(c, 10)), float(np.percentile(c, 90)), len(c))
+        for c in together.T
+    ]
+    if len(tables) == 1:
+        ratios = [_rounds(tables[0][:, 0], column, seed) for column in tables[0].T]
+    else:
+        ratios = [ratio([t[:, 0] for t in tables], [t[:, k] for t in tables]) for k in range(len(latency))]
+    return Comparison(
+        latency,
+        [speedup for speedup, _ in ratios],
+        [interval for _, interval in ratios],
+        disturbed=float(np.mean(np.concatenate([(t > _DISTURBED * np.median(t, axis=0)).ravel() for t in tables]))),
+        drift=_drift(tables),
+        blocks=len(tables),
+    )
+
+
+def ratio(first: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, tuple[float, float]]:
+    """The speed of ``other`` over ``first`` and its interval, from the passes (ms) of each in the same blocks.
+
+    Blocks with as many passes of both are taken to be rounds, and compared round by round.
+    """
+    logs = np.array(
+        [
+            np.median(np.log(a / b)) if len(a) == len(b) else np.log(np.median(a) / np.median(b))
+            for a, b in zip(first, other, strict=True)
+        ]
+    )
+    middle, (low, high) = centre(logs)
+    return float(np.exp(middle)), (float(np.exp(low)), float(np.exp(high)))
+
+
+def centre(values: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The centre of independent observations, and its interval at `CONFIDENCE` (see the module)."""
+    values = np.asarray(values, np.float64)
+    count = len(values)
+    if count < _SIGNED_RANK:
+        from scipy import stats
+
+        mean = float(values.mean())
+        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(ddof=1) / np.sqrt(count))
+        return mean, (mean - half, mean + half)
+    first, second = np.triu_indices(count)
+    walsh = np.sort((values[first] + values[second]) / 2)
+    cut = _signed_rank_cut(count)
+    return float(np.median(walsh)), (float(walsh[cut]), float(walsh[-1 - cut]))
+
+
+@functools.cache
+def _signed_rank_cut(count: int) -> int:
+    """The largest k for which the two tails P(W <= k) of the signed-rank statistic are 1 - `CONFIDENCE` at most."""
+    ways = np.zeros(count * (count + 1) // 2 + 1)
+    ways[0] = 1
+    for rank in range(1, count + 1):
+        ways[rank:] += ways[:-rank].copy()
+    tail = np.cumsum(ways) / 2.0**count
+    return int(np.searchsorted(tail, (1 - CONFIDENCE) / 2, side="right")) - 1
+
+
+def _rounds(first: np.ndarray, other: np.ndarray, seed: int) -> tuple[float, tuple[float, float]]:
+    """Median ratio of the rounds of one block, and a bootstrap interval of it."""
+    ratios = first / other
+    medians = np.median(ratios[np.random.default_rng(seed).integers(0, len(ratios), (500, len(ratios)))], axis=1)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return float(np.median(ratios)), (float(low), float(high))
+
+
+def _drift(tables: Sequence[np.ndarray]) -> float:
+    """Speed of the last third of the blocks over the first third, where a rank test finds a trend, else 1."""
+    third = len(tables) // 3
+    if third < 2:
+        return 1.0
+    from scipy import stats
+
+    times = np.array([np.median(np.log(t)) for t in tables])
+    if stats.kendalltau(np.arange(len(times)), times).pvalue > 1 - CONFIDENCE:
+        return 1.0
+    return float(np.exp(np.median(times[:third]) - np.median(times[-third:])))

@@ -1,0 +1,243 @@
+"""Arithmetic around means of the last axes that amounts to a normalization, as the operator of that name.
+
+    LayerNormalization     y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * scale + bias
+    RMSNormalization       y = x / sqrt(mean(x^2) + eps) * scale
+    InstanceNormalization  the first over all axes behind the second, with scale and bias along the second
+
+A cone of sums, products, quotients, roots and means is an algebraic function of the data, and two of those are equal
+when they are equal at random points. So the cone is evaluated in float64 on random data, from so large that eps does
+not matter to so small that it decides; eps, scale and bias are read off, and the operator must give the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import graph as g
+from onnxslim.passes.fuse.cones import Cone, cones
+from onnxslim.passes.fuse.work import Work
+
+# Nodes of the longest decomposition in use, with casts and some to spare.
+LARGEST = 18
+# What the operator and the cone may differ by in float64, relative to the largest value.
+CLOSE = 1e-9
+# Data of this size makes any eps disappear.
+HUGE = 1e6
+# Larger tensors are not evaluated.
+ELEMENTS = 1 << 22
+HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A normalization: its operator, since when there is one, and whether it subtracts the mean and adds a bias."""
+
+    op_type: str
+    since: int
+    centred: bool
+
+
+LAYER = Kind("LayerNormalization", 17, True)
+RMS = Kind("RMSNormalization", 23, False)
+INSTANCE = Kind("InstanceNormalization", 6, True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fit:
+    """Constants that make an operator compute what a cone computes; they broadcast over the data.
+
+    ``bias`` is None when it is zero.
+    """
+
+    kind: Kind
+    axis: int
+    epsilon: float
+    scale: Array
+    bias: Array | None
+
+
+def fuse_norms(work: Work) -> None:
+    """Replace every cone that is a normalization, the largest of those that end at the same node."""
+    order: dict[ir.Node, float] = {node: k for k, node in enumerate(work.model.graph.all_nodes())}
+    # From the end, so that scale and bias are part of the first cone that is found.
+    for node in list(work.nodes())[::-1]:
+        if node.graph is not None and g.is_op(node, "Add", "Sub", "Mul", "Div", "Cast") and node in order:
+            _fuse_at(work, node, order)
+
+
+def _fuse_at(work: Work, root: ir.Node, order: dict[ir.Node, float]) -> None:
+    best: tuple[Cone, Fit] | None = None
+    for cone in cones(root, OPERATORS, order, LARGEST):
+        fit = _recognize(cone, work.newest)
+        if fit is not None:
+            best = (cone, fit)
+    if best is None:
+        return
+    cone, fit = best
+    assert cone.root.dtype is not None
+    element = cone.root.dtype.numpy()
+    flat = (-1,) if fit.kind is INSTANCE else cone_sizes(fit)
+    inputs = [cone.leaf, work.constant(fit.scale.astype(element).reshape(flat))]
+    attributes: dict[str, float | int] = {"epsilon": fit.epsilon}
+    if fit.kind is not INSTANCE:
+        attributes["axis"] = fit.axis
+    if fit.bias is not None or fit.kind is INSTANCE:
+        bias = fit.bias if fit.bias is not None else 0 * fit.scale
+        inputs.append(work.constant(bias.astype(element).reshape(flat)))
+    work.require(fit.kind.since)
+    work.replace(root, work.insert(fit.kind.op_type, inputs, root, attributes))
+    work.done[fit.kind.op_type] += 1
+
+
+def cone_sizes(fit: Fit) -> tuple[int, ...]:
+    """The shape of scale and bias of a LayerNormalization: the sizes of the normalized axes."""
+    return fit.scale.shape[fit.axis - fit.scale.ndim :]
+
+
+def _recognize(cone: Cone, newest: int) -> Fit | None:
+    """The normalization that ``cone`` computes, or None."""
+    shape, dtype = g.known_shape(cone.leaf), cone.leaf.dtype
+    reductions = [node for node in cone.nodes if node.op_type.startswith("Reduce")]
+    if not shape or not reductions or cone.root.dtype is not dtype or dtype not in {ir.DataType.FLOAT, *HALVES}:
+        return None
+    reduced = {_axes(node, len(shape)) for node in reductions}
+    axis = min((min(axes) for axes in reduced if axes), default=0)
+    if reduced != {tuple(range(axis, len(shape)))} or axis < 1:
+        return None
+    rows = tuple(2 if d is None else min(d, 2) for d in shape[:axis])
+    last = shape[axis:]
+    sizes = (*rows, *(d for d in last if d is not None))
+    fits = []
+    if len(sizes) == len(shape) and math.prod(sizes) <= ELEMENTS and math.prod(sizes[axis:]) >= 3:
+        fits += [(kind, sizes) for kind in (LAYER, RMS) if kind.since <= newest]
+    channels = shape[1] if axis == 2 and dtype is ir.DataType.FLOAT else None
+    if channels is not None and all(node.op_type == "ReduceMean" for node in reductions):
+        # How many elements there are does not matter then: other sizes than the real ones will do. Images first, as
+        # the scale of a layer has the size of one.
+        images = (INSTANCE, (rows[0], channels, *(3 + k for k in range(len(last)))))
+        fits.insert(0 if len(last) > 1 else len(fits), images)
+    return next((fit for kind, sizes in fits if (fit := _fit(cone, kind, sizes, axis)) is not None), None)
+
+
+def _fit(cone: Cone, kind: Kind, sizes: tuple[int, ...], axis: int) -> Fit | None:
+    """``kind`` over the axes from ``axis`` on with constants read off ``cone``, when that is what the cone computes."""
+    reduced = tuple(range(axis, len(sizes)))
+    same = (0, *reduced) if kind is INSTANCE else tuple(range(axis))
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal(sizes) + rng.standard_normal((*sizes[:axis], *(1,) * len(reduced)))
+    with np.errstate(all="ignore"):
+        # Far above any eps: y = scale n(x) + bias with n(-x) = -n(x).
+        above, below = evaluate(cone, HUGE * data), evaluate(cone, -HUGE * data)
+        if above is None or below is None or above.shape != sizes or below.shape != sizes:
+            return None
+        bias = ((above + below) / 2).mean(same, keepdims=True)
+        unit = normalize(data, reduced, 0.0, kind.centred)
+        scale = np.sum((above - below) / 2 * unit, same, keepdims=True) / np.sum(unit * unit, same, keepdims=True)
+        # Small: (y - bias) = scale centre / sqrt(var + eps).
+        small = evaluate(cone, 1e-3 * data)
+        if small is None or not np.all(np.isfinite(scale)) or not np.any(scale):
+            return None
+        centre = 1e-3 * (data - data.mean(reduced, keepdims=True) if kind.centred else data)
+        weight = scale * centre
+        gain = np.sum((small - bias) * weight, reduced) / np.sum(weight * weight, reduced)
+        epsilon = float(np.float32(np.median(1 / gain**2 - np.mean(centre**2, reduced))))
+        # What float64 leaves of none.
+        epsilon = 0.0 if abs(epsilon) < 1e-16 else epsilon
+        if not 0 <= epsilon < 1 or not np.all(np.isfinite(bias)):
+            return None
+        for factor in (HUGE, 1.0, 1e-2, 1e-3):
+            want = evaluate(cone, factor * data)
+            got = normalize(factor * data, reduced, epsilon, kind.centred) * scale + bias
+            if want is None or not np.all(
+                np.abs(want - got) <= tolerance(factor) * max(1.0, float(np.abs(want).max()))
+            ):
+                return None
+    if np.all(np.abs(bias) <= CLOSE * np.abs(scale).max()):
+        return Fit(kind, axis, epsilon, scale, None)
+    return Fit(kind, axis, epsilon, scale, bias) if kind.centred else None
+
+
+def tolerance(factor: float) -> float:
+    """`CLOSE`, where eps matters wide enough for one that float32 has rounded."""
+    return CLOSE if factor >= 1 else 2.0**-23
+
+
+def normalize(x: Array, axes: tuple[int, ...], epsilon: float, centred: bool) -> Array:
+    """``x`` over the root of the mean of its squares along ``axes``, without its mean when ``centred``."""
+    if centred:
+        x = x - x.mean(axes, keepdims=True)
+    return x / np.sqrt((x * x).mean(axes, keepdims=True) + epsilon)
+
+
+def evaluate(cone: Cone, x: Array) -> Array | None:
+    """The root of ``cone`` for the leaf ``x``, in float64; None when it cannot be computed."""
+    values: dict[ir.Value, Array] = {cone.leaf: x}
+    for node in cone.nodes:
+        operands = []
+        for value in node.inputs:
+            if value is None:
+                return None
+            if value not in values:
+                array = g.constant(value)
+                if array is None:
+                    return None
+                values[value] = array.astype(np.float64)
+            operands.append(values[value])
+        try:
+            result = OPERATORS[node.op_type](node, operands)
+        except ValueError:  # a constant that fits the real sizes of the data, not those of this test
+            return None
+        if result is None or result.size > ELEMENTS:
+            return None
+        values[node.outputs[0]] = result
+    return values[cone.root]
+
+
+def _axes(node: ir.Node, rank: int) -> tuple[int, ...] | None:
+    """The axes that a reduction with keepdims reduces, ascending, or None when they are not known."""
+    axes = g.attribute(node, "axes")
+    if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+        array = g.constant(node.inputs[1])
+        axes = array.reshape(-1).tolist() if array is not None else None
+    if axes is None or not g.attribute(node, "keepdims", 1):
+        return None
+    return tuple(sorted(axis % rank for axis in axes))
+
+
+def _reduction(f: Callable[..., Array]) -> Operator:
+    def compute(node: ir.Node, operands: list[Array]) -> Array | None:
+        axes = _axes(node, operands[0].ndim)
+        return f(operands[0], axis=axes, keepdims=True) if axes else None
+
+    return compute
+
+
+def _cast(node: ir.Node, operands: list[Array]) -> Array | None:
+    kept = {ir.DataType.FLOAT, ir.DataType.DOUBLE, *HALVES}
+    return operands[0] if ir.DataType(g.attribute(node, "to", 0)) in kept else None
+
+
+Operator = Callable[[ir.Node, list[Array]], "Array | None"]
+OPERATORS: dict[str, Operator] = {
+    "Add": lambda node, v: v[0] + v[1],
+    "Sub": lambda node, v: v[0] - v[1],
+    "Mul": lambda node, v: v[0] * v[1],
+    "Div": lambda node, v: v[0] / v[1],
+    "Pow": lambda node, v: v[0] ** v[1],
+    "Sqrt": lambda node, v: np.sqrt(v[0]),
+    "Reciprocal": lambda node, v: 1 / v[0],
+    "Neg": lambda node, v: -v[0],
+    "Cast": _cast,
+    "ReduceMean": _reduction(np.mean),
+    "ReduceSum": _reduction(np.sum),
+    "ReduceSumSquare": _reduction(lambda x, axis, keepdims: np.sum(x * x, axis=axis, keepdims=keepdims)),
+    "ReduceL2": _reduction(lambda x, axis, keepdims: np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims))),
+}

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxslim import data as data_io
+from onnxslim import model as model_io
+from onnxslim.contract import Context
+from onnxslim.errors import UsageError
+from onnxslim.graph import constant
+from onnxslim.passes.prune import Prune
+from onnxslim.passes.prune.record import composed
+
+MODEL = Path(__file__).parents[3] / "models" / "fmnist_cnn.onnx"
+
+
+@pytest.fixture(scope="module")
+def ctx() -> Context:
+    with np.load(MODEL.parent / "fmnist_calib.npz") as calib:
+        samples = [{"image": calib["image"][k : k + 1]} for k in range(16)]
+    return Context(data_io.open_data(samples, data_io.input_specs(model_io.load(str(MODEL)))), threads=1)
+
+
+def test_a_plan_says_what_stays_and_is_replayed(ctx: Context, tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.json")
+    first, second, original = (model_io.load(str(MODEL)) for _ in range(3))
+    Prune(macs=0.7, refit=False, record=path).apply(first, ctx)
+    kept = json.loads(Path(path).read_text())["weights"]
+    assert kept
+    for name, axes in kept.items():
+        array = np.asarray(constant(original.graph.initializers[name]))
+        now = np.asarray(constant(first.graph.initializers[name]))
+        for axis, indices in axes.items():
+            array = np.take(array, indices, axis=int(axis))
+        assert array.shape == now.shape
+        np.testing.assert_allclose(array, now, rtol=1e-6)  # unrefitted: what is kept is as it was
+    Prune(plan=path, refit=False).apply(second, ctx)
+    for name, value in first.graph.initializers.items():
+        np.testing.assert_array_equal(
+            np.asarray(constant(value)), np.asarray(constant(second.graph.initializers[name]))
+        )
+
+
+def test_what_is_no_plan_for_this_model_is_refused(ctx: Context, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    for content, message in (
+        ("{", "not a plan"),
+        ('{"version": 9, "families": []}', "version 9"),
+        ('{"version": 1, "families": [{"name": "x", "units": 4, "removed": [1]}]}', "another model"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=message):
+            Prune(plan=str(path)).apply(model_io.load(str(MODEL)), ctx)
+    with pytest.raises(UsageError, match="cannot be read"):
+        Prune(plan=str(tmp_path / "none.json")).apply(model_io.load(str(MODEL)), ctx)
+
+
+def test_indices_of_what_is_left_refer_to_the_original() -> None:
+    first = {"a": {0: np.array([0, 2, 3, 5])}}
+    second = {"a": {0: np.array([1, 3]), 1: np.array([4])}, "b": {0: np.array([7])}}
+    found = composed(first, second)
+    assert found["a"][0].tolist() == [2, 5]
+    assert found["a"][1].tolist() == [4]
+    assert found["b"][0].tolist() == [7]
