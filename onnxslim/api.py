@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxslim import cost, doctor, metrics, pipeline, repro, runtime, timing, verify
+from onnxslim import cost, doctor, integer, metrics, pipeline, repro, runtime, timing, verify
 from onnxslim import data as data_io
 from onnxslim import details as extras
 from onnxslim import model as model_io
@@ -75,6 +75,7 @@ def optimize(
     bench: bool = True,
     bench_seconds: float | None = None,
     details: bool = False,
+    require_int8: str | None = None,
 ) -> Result:
     """Run ``passes`` over ``model``, each checked and undone when it breaks its promise; ``model`` is not changed.
 
@@ -97,6 +98,8 @@ def optimize(
         bench_seconds: how long to measure, loading included: by default 3 s after a lossy pass, else 1 s.
         details: find out for the report what each layer costs before and after, where the error comes in, and what the
             model was after each pass.
+        require_int8: ``"95%"`` or ``"0.95"``: the share of the multiply-accumulates that must run as integer kernels on
+            the CPU provider; ``exit_code`` is 1 when fewer do, and the report names the layers that do not.
 
     Raises:
         ModelError, DataError, UsageError: what was given cannot be used.
@@ -106,6 +109,7 @@ def optimize(
     if max_drop is not None:
         metrics.parse_drop(max_drop)
     named = metrics.find(metric) if metric is not None else None
+    wanted = integer.share(require_int8) if require_int8 is not None else None
     if target not in runtime.PROVIDERS:
         raise UsageError(f"unknown target {target!r}: give one of {', '.join(runtime.PROVIDERS)}")
     original = model_io.load(model)
@@ -127,7 +131,7 @@ def optimize(
     if bench_seconds is None:
         bench_seconds = _BENCH_LOSSY if lossy else _BENCH_LOSSLESS
     run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
-    result = run.finish(*run.passes(chosen))
+    result = run.finish(*run.passes(chosen), wanted)
     if details and runner is not None:
         result.report.details = run.details(result.model)
     if isinstance(model, str | os.PathLike):
@@ -362,7 +366,7 @@ class _Run:
             }
         ]
 
-    def finish(self, model: ir.Model, steps: Sequence[pipeline.Step]) -> Result:
+    def finish(self, model: ir.Model, steps: Sequence[pipeline.Step], require_int8: float | None = None) -> Result:
         """Stamp the model, measure it and write the report."""
         kept = [name for name, _ in self.checks.kept[1:]]
         _stamp(model, ",".join(kept))
@@ -385,6 +389,10 @@ class _Run:
             self._measure_latency(model)
         self._comment(steps)
         feed = self.samples.judging.feed(self.samples.judging[0]) if len(self.samples.judging) else {}
+        proof = integer.prove(model, feed, threads=self.ctx.threads) if require_int8 is not None else None
+        too_few = integer.missed(proof, require_int8) if proof is not None and require_int8 is not None else None
+        if too_few is not None:
+            self.ctx.warnings.insert(0, f"TOO FEW INTEGER KERNELS: {too_few}")
         report = Report(
             before=_figures(self.original, model_io.size(self.source, self.original), feed, self.ctx, "before"),
             after=_figures(model, model_io.size(model, model), feed, self.ctx, "after"),
@@ -402,8 +410,9 @@ class _Run:
                 "shapes": {name: list(array.shape) for name, array in feed.items()},
             },
             warnings=self.ctx.warnings,
+            integer=None if proof is None else proof.to_dict(),
         )
-        missed = bool(self.checks.failed or self.checks.missed)
+        missed = bool(self.checks.failed or self.checks.missed or too_few)
         return Result(model, report, 123 if self.repro else int(missed), self.repro)
 
     def details(self, model: ir.Model) -> dict[str, Any]:

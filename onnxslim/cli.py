@@ -108,6 +108,9 @@ _MMAP_THRESHOLD = -3  # of mallopt(3)
 @click.option("--eval", "evaluation", metavar="DATA", help="Samples that judge the result; array 'labels' for top1.")
 @click.option("--metric", metavar="NAME", help="top1, top5, cosine, psnr or module:function(outputs, sample).")
 @click.option("--max-drop", metavar="DROP", help="Largest accepted drop of the metric: 1% (points) or 0.01.")
+@click.option(
+    "--require-int8", metavar="SHARE", help="Share of the MACs that must run on integers, as 95%: else exit 1."
+)
 @click.option("--target", default="cpu", metavar="EP", help="Execution provider it is meant for.", show_default=True)
 @_SHAPE
 @click.option(
@@ -133,6 +136,7 @@ def optimize_command(
     evaluation: str | None,
     metric: str | None,
     max_drop: str | None,
+    require_int8: str | None,
     target: str,
     shapes: dict[str, list[int]],
     fixed: dict[str, list[int]],
@@ -155,7 +159,7 @@ def optimize_command(
     result = optimize(
         source, passes, calib, evaluation, metric, max_drop, target, seed, Bars(),
         shapes=shapes, fix_shapes=fixed, threads=threads, bench=not no_bench,
-        details=page_to is not None,
+        details=page_to is not None, require_int8=require_int8,
     )  # fmt: skip
     result.save(target_path, external=True if external_data else None)
     result.report.environment["command"] = shlex.join(["onnxslim", *sys.argv[1:]])
@@ -236,12 +240,14 @@ def _views(command: Any) -> Any:
 @click.argument("model", type=_FILE)
 @click.option("--nodes", is_flag=True, help="One row per node instead of per operator, the dearest first.")
 @click.option("--prunable", is_flag=True, help="Groups of channels that can be removed, and what stays and why.")
+@click.option("--ep", metavar="EP", help="Also say what runs there on integers, and why the rest does not: cpu.")
 @_SHAPE
 @_views
 def inspect(
     model: Path,
     nodes: bool,
     prunable: bool,
+    ep: str | None,
     shapes: dict[str, list[int]],
     json_to: str | None,
     csv_to: str | None,
@@ -257,7 +263,7 @@ def inspect(
         outputs = _Outputs(csv_to, markdown_to)
         _show(pages.to_json(found), groups.table(found), json_to, groups.sheets(found), outputs)
         return
-    facts = inspection.inspect(model, shapes)
+    facts = inspection.inspect(model, shapes, ep)
     outputs = _Outputs(csv_to, markdown_to)
     _show(pages.to_json(facts), inspection.table(facts, nodes), json_to, inspection.sheets(facts, nodes), outputs)
 

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onnxslim import cost
+from onnxslim import cost, integer
 from onnxslim import model as model_io
 from onnxslim.checks import generated
 from onnxslim.errors import DataError, ModelError
@@ -20,8 +20,8 @@ from onnxslim.sheet import Column, Sheet
 Shapes = Mapping[str, Sequence[int]]
 
 
-def inspect(source: Any, shapes: Shapes) -> dict[str, Any]:
-    """Interface, totals and per-node figures of a model in any form."""
+def inspect(source: Any, shapes: Shapes, ep: str | None = None) -> dict[str, Any]:
+    """Interface, totals and per-node figures of a model in any form; with ``ep``, what runs there on integers."""
     model = model_io.load(source)
     notes = list(model.meta[model_io.WARNINGS])
     try:
@@ -53,6 +53,7 @@ def inspect(source: Any, shapes: Shapes) -> dict[str, Any]:
         "unknown_macs": list(counted.unknown),
         "activation_bytes": counted.activations,
         "types": _types(model),
+        "integer": None if ep is None else integer.prove(model, feed, ep=ep).to_dict(),
         "warnings": notes,
     }
 
@@ -79,7 +80,25 @@ def table(facts: Mapping[str, Any], nodes: bool) -> RenderableType:
     notes = [Text(f"! {line}", "yellow") for line in facts["warnings"]]
     if facts["unknown_macs"]:
         notes.append(Text(f"! MACs of {len(facts['unknown_macs'])} nodes could not be counted", "yellow"))
-    return Group(*notes, head, Text(), sheets(facts, nodes)[0].table())
+    proof = [] if facts["integer"] is None else [Text(), *_integer_tables(facts["integer"])]
+    return Group(*notes, head, Text(), sheets(facts, nodes)[0].table(), *proof)
+
+
+def _integer_tables(proof: Mapping[str, Any]) -> list[RenderableType]:
+    kernels = ", ".join(f"{count} {op}" for op, count in proof["integer_kernels"].items())
+    title = (
+        f"on {proof['ep']}, {proof['integer_layers']} of {proof['layers']} products and "
+        f"{proof['integer_macs_fraction']:.1%} of their MACs run on integers{f': {kernels}' if kernels else ''}"
+    )
+    wrong = [f"! {f['node']} computes something else than the file says: {f['reason']}" for f in proof["wrong"]]
+    parts: list[RenderableType] = [Text(title), *(Text(line, "yellow") for line in wrong)]
+    if proof["not_integer"]:
+        table = Table("in float", "operator", "MACs", "because", box=None, pad_edge=False)
+        for row in proof["not_integer"]:
+            table.add_row(row["node"], row["op_type"], f"{row['macs']:,}", row["reason"])
+        table.columns[2].justify = "right"
+        parts.append(table)
+    return parts
 
 
 def _types(model: Any) -> dict[str, dict[str, int]]:

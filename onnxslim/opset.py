@@ -1,7 +1,7 @@
 """Raises a model to a newer version of the standard operator set, in place, without touching anything else.
 
 `onnx.version_converter` works on a serialized copy: it drops metadata, needs the weights in memory, and refuses Q/DQ
-models. Between opsets 7 and 20 few operators changed in more than the types they accept; each change is a rule here:
+models. Between opsets 7 and 21 few operators changed in more than the types they accept; each change is a rule here:
 
 * attributes that became inputs: all other reductions (18); Squeeze, Unsqueeze, ReduceSum, Split (13); Clip, Pad (11);
   TopK, Slice (10);
@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 
-OLDEST, NEWEST = 7, 20
+OLDEST, NEWEST = 7, 21
 
 
 class _CannotError(Exception):
@@ -34,7 +34,7 @@ class _CannotError(Exception):
 
 
 def raise_opset(model: ir.Model, version: int = 13) -> str | None:
-    """Bring ``model`` to at least opset ``version`` (20 or older), in place.
+    """Bring ``model`` to at least opset ``version`` (21 or older), in place.
 
     Returns:
         None when the model is at ``version`` or newer afterwards, else why it was left as it was.

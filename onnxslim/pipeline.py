@@ -218,6 +218,10 @@ def _literal(node: ast.expr, where: str) -> Any:
         return words.get(node.id, node.id)
     if isinstance(node, ast.List | ast.Tuple):
         return tuple(_literal(item, where) for item in node.elts)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):  # a word with hyphens
+        parts = (_literal(node.left, where), _literal(node.right, where))
+        if all(isinstance(part, str) for part in parts):
+            return "-".join(parts)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError) as error:

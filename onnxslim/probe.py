@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 from onnxslim import runtime
+from onnxslim.profiles import CPU, Profile
 from onnxslim.qdq import Plan
 from onnxslim.quantization import QParams, dequantize
 from onnxslim.units import Kind, Unit, find_units, sources, stored_values
@@ -32,12 +33,15 @@ class Local:
         model: a float model; it is not changed.
         products: names of the units to measure.
         weights: stored weights of these units.
+        profile: how activations are stored.
     """
 
-    def __init__(self, model: ir.Model, products: Sequence[str], weights: Weights, threads: int) -> None:
+    def __init__(
+        self, model: ir.Model, products: Sequence[str], weights: Weights, threads: int, profile: Profile = CPU
+    ) -> None:
         clone = model.clone()
         self.version = g.opset(model)
-        units, _ = find_units(clone)
+        units = profile.units(find_units(clone)[0])
         self.owner = sources(units.values())
         self.products = list(products)
         self.inputs: dict[str, str] = {}
@@ -48,7 +52,7 @@ class Local:
         for name in self.products:
             owner = self.inputs[name]
             if owner not in added:
-                added[owner] = _params_inputs(clone.graph, owner)
+                added[owner] = _params_inputs(clone.graph, owner, profile.dtype)
             self._branch(clone.graph, units[name], added[owner], weights[name])
         self.owners = list(added)
         g.remove_dead(clone.graph)
@@ -97,7 +101,7 @@ class Switched:
 
     def __init__(self, model: ir.Model, plan: Plan, threads: int) -> None:
         clone = model.clone()
-        self.units, _ = find_units(clone)
+        self.units = plan.profile.units(find_units(clone)[0])
         owner = sources(self.units.values())
         graph = clone.graph
         values = {v.name or "": v for v in graph.inputs}
@@ -112,7 +116,7 @@ class Switched:
             first = graph[0] if value.producer() is None else None
             scale, zero = constants[owner.get(name, name)]
             q = g.add_node(graph, "QuantizeLinear", [value, scale, zero], before=first, after=value.producer())
-            q.outputs[0].dtype = ir.DataType.UINT8
+            q.outputs[0].dtype = plan.profile.dtype
             dq = g.add_node(graph, "DequantizeLinear", [q.outputs[0], scale, zero], after=q, like=value)
             choice = g.add_node(graph, "Where", [switch, dq.outputs[0], value], after=dq, like=value)
             for use in uses:
@@ -194,10 +198,10 @@ def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) ->
     return worst
 
 
-def _params_inputs(graph: ir.Graph, owner: str) -> tuple[ir.Value, ir.Value]:
+def _params_inputs(graph: ir.Graph, owner: str, stored: ir.DataType) -> tuple[ir.Value, ir.Value]:
     """Scale and zero point of one tensor as inputs of the graph, named ``s:`` and ``z:``."""
     found = []
-    for kind, dtype in (("s", ir.DataType.FLOAT), ("z", ir.DataType.UINT8)):
+    for kind, dtype in (("s", ir.DataType.FLOAT), ("z", stored)):
         value = ir.Value(name=f"{kind}:{owner}", type=ir.TensorType(dtype), shape=ir.Shape(()))
         graph.inputs.append(value)
         found.append(value)
@@ -207,7 +211,8 @@ def _params_inputs(graph: ir.Graph, owner: str) -> tuple[ir.Value, ir.Value]:
 def _round_trip(graph: ir.Graph, before: ir.Node, value: ir.Value, params: tuple[ir.Value, ir.Value]) -> ir.Value:
     """``value`` stored and read back."""
     q = g.add_node(graph, "QuantizeLinear", [value, *params], before=before)
-    q.outputs[0].dtype = ir.DataType.UINT8
+    if params[1].dtype is not None:
+        q.outputs[0].dtype = params[1].dtype
     return g.add_node(graph, "DequantizeLinear", [q.outputs[0], *params], before=before, like=value).outputs[0]
 
 

@@ -2,9 +2,10 @@
 
 An execution provider that takes Q/DQ models recognizes a group DequantizeLinear → operator → QuantizeLinear and runs
 it as one integer kernel. A group that is not complete runs in float *with* the conversions, slower than before, so
-everything here follows the rules that ONNX Runtime's selectors check:
+everything here follows the rules that ONNX Runtime's selectors check (other providers need less, see
+`onnxslim.profiles`):
 
-* every activation that an integer operator reads, and the one it writes, is stored as u8 with one scale;
+* every activation that an integer operator reads, and the one it writes, is stored in 8 bits with one scale;
 * the value it writes has one reader, the QuantizeLinear; everybody else reads the DequantizeLinear behind it;
 * weights are s8 and symmetric, one scale per output channel (Conv axis 0, Gemm 1 or, transposed, 0, MatMul 1);
 * the bias of Conv and Gemm is int32 with scale ``scale_x * scale_w``;
@@ -21,8 +22,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim.quantization import QParams, activation_params, bias_params, quantize
-from onnxslim.units import LOWERED, Kind, Unit, connect, find_units, sources, stored_values
+from onnxslim.profiles import CPU, Profile
+from onnxslim.quantization import QParams, bias_params, quantize
+from onnxslim.units import LOWERED, MOVES, Kind, Unit, connect, find_units, sources, stored_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +36,19 @@ class Plan:
         params: storage parameters of activations, by the name of the value that owns the scale (see `sources`).
         weights: stored weight and its parameters, by unit.
         shift: what is added to the bias of a unit, (channels,): the mean error that quantization would cause.
+        profile: the execution provider that is served.
     """
 
     chosen: frozenset[str]
     params: Mapping[str, QParams]
     weights: Mapping[str, tuple[np.ndarray, QParams]]
     shift: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    profile: Profile = CPU
 
 
 def insert(model: ir.Model, plan: Plan) -> None:
     """Rewrite ``model`` in place so that the units of ``plan`` run on integers; opset 13 or newer."""
-    units, _ = find_units(model)
+    units = plan.profile.units(find_units(model)[0])
     writer = _Writer(model, units, plan)
     for name in stored_values(units, plan.chosen):
         writer.store(name)
@@ -56,7 +60,8 @@ def insert(model: ir.Model, plan: Plan) -> None:
     for name, unit in units.items():
         if name in plan.chosen and unit.kind is Kind.PRODUCT:
             writer.product(unit)
-    _shield(model.graph)
+    if plan.profile.ep == "cpu":
+        _shield(model.graph)
     g.remove_dead(model.graph)
 
 
@@ -126,7 +131,7 @@ class _Writer:
         before = list(value.uses())
         first = self.graph[0] if producer is None else None
         q = g.add_node(self.graph, "QuantizeLinear", [raw, scale, zero], hint=name, before=first, after=producer)
-        q.outputs[0].dtype, q.outputs[0].shape = ir.DataType.UINT8, value.shape
+        q.outputs[0].dtype, q.outputs[0].shape = self.plan.profile.dtype, value.shape
         dq = g.add_node(self.graph, "DequantizeLinear", [q.outputs[0], scale, zero], after=q, hint=name, like=value)
         if written:
             # The pair must be the only reader, or the operator cannot become one integer kernel.
@@ -155,7 +160,7 @@ class _Writer:
         for index in unit.constants:
             array = g.constant(unit.node.inputs[index])
             assert array is not None
-            params = activation_params(float(array.min()), float(array.max()))
+            params = self.plan.profile.params(float(array.min()), float(array.max()))
             value = self._dequantized(unit, f"{unit.node.inputs[index].name}", quantize(array, params), params)  # type: ignore[union-attr]
             unit.node.replace_input_with(index, value)
 
@@ -178,17 +183,17 @@ class _Writer:
         scaled = g.add_constant(self.graph, f"{name}_scale", np.asarray(scale * alpha, np.float32))
         inputs = [dq.inputs[0], scaled, dq.inputs[2]]
         slope = g.add_node(self.graph, "DequantizeLinear", inputs, before=node, hint=name, like=source)
-        params = activation_params(min(beta, 0.0), max(beta, 0.0))
+        params = self.plan.profile.params(min(beta, 0.0), max(beta, 0.0))
         offset = self._dequantized(unit, f"{name}_beta", quantize(np.array(beta), params), params)
         end = g.add_node(self.graph, "Add", [slope.outputs[0], offset], before=node, hint=name, like=node.outputs[0])
         if swish:
-            gate = activation_params(0.0, 1.0)
+            gate = self.plan.profile.params(0.0, 1.0)
             constants = [
                 g.add_constant(self.graph, f"{name}_gate_scale", gate.scale),
                 g.add_constant(self.graph, f"{name}_gate_zero_point", gate.zero_point),
             ]
             q = g.add_node(self.graph, "QuantizeLinear", [end.outputs[0], *constants], before=node, hint=name)
-            q.outputs[0].dtype = ir.DataType.UINT8
+            q.outputs[0].dtype = self.plan.profile.dtype
             inputs = [q.outputs[0], *constants]
             back = g.add_node(self.graph, "DequantizeLinear", inputs, before=node, hint=name, like=source)
             inputs = [source, back.outputs[0]]
@@ -208,6 +213,9 @@ class _Writer:
 
     def _bias(self, unit: Unit, weight: QParams, channels: int) -> None:
         shift = self.plan.shift.get(unit.name)
+        if not self.plan.profile.around:
+            self._shift(unit, shift)
+            return
         if unit.bias is not None:
             self._row(unit, unit.bias, weight, channels, shift)
             return
@@ -220,6 +228,20 @@ class _Writer:
         value = self._stored_bias(unit, name, array, weight, shift)
         unit.node.resize_inputs(3)
         unit.node.replace_input_with(2, value)
+
+    def _shift(self, unit: Unit, shift: np.ndarray | None) -> None:
+        """Add ``shift`` to a bias that stays in float."""
+        target = unit.bias or unit.node
+        index = 2 if unit.bias is None else (0 if g.is_constant(unit.bias.inputs[0]) else 1)
+        if shift is None or (unit.bias is None and unit.node.op_type == "MatMul"):
+            return
+        bias = target.inputs[index] if len(target.inputs) > index else None
+        old = g.constant(bias)
+        name = (bias.name if bias is not None else None) or f"{unit.name}_bias"
+        moved = (shift if old is None else old + shift).astype(np.float32)
+        if index == 2:
+            target.resize_inputs(3)
+        target.replace_input_with(index, g.add_constant(self.graph, name, moved))
 
     def _stored_bias(
         self, unit: Unit, name: str, array: np.ndarray, weight: QParams, shift: np.ndarray | None
@@ -240,25 +262,7 @@ class _Writer:
                 row.replace_input_with(index, value)
             return
         bias = self._stored_bias(unit, f"{constant.name}", kept, weight, shift)
-        source, stored_weight = unit.node.inputs[0], unit.node.inputs[1]
-        assert source is not None
-        if len(shape) != 2:
-            dq = source.producer()
-            assert dq is not None
-            form = g.add_constant(self.graph, f"{unit.name}_matrix", np.array([-1, stored_weight.shape[0]], np.int64))  # type: ignore[union-attr, index]
-            flat = g.add_node(self.graph, "Reshape", [dq.inputs[0], form], before=unit.node, hint=unit.name)
-            flat.outputs[0].dtype = ir.DataType.UINT8
-            inputs = [flat.outputs[0], *dq.inputs[1:]]
-            source = g.add_node(self.graph, "DequantizeLinear", inputs, before=unit.node, hint=unit.name).outputs[0]
-            source.dtype = ir.DataType.FLOAT
-        end = gemm = g.add_node(self.graph, "Gemm", [source, stored_weight, bias], before=row, hint=unit.name)
-        gemm.name = unit.name
-        gemm.outputs[0].dtype = ir.DataType.FLOAT
-        if len(shape) != 2:
-            form = g.add_constant(self.graph, f"{unit.name}_shape", np.array(shape, np.int64))
-            end = g.add_node(self.graph, "Reshape", [gemm.outputs[0], form], before=row, hint=unit.name)
-        end.outputs[0].type, end.outputs[0].shape = row.outputs[0].type, row.outputs[0].shape
-        g.replace(row.outputs[0], end.outputs[0])
+        merge_row(self.graph, unit.node, row, bias, unit.name)
 
     def _dequantized(self, unit: Unit, name: str, stored: np.ndarray, params: QParams) -> ir.Value:
         """A DequantizeLinear of a new constant."""
@@ -271,3 +275,37 @@ class _Writer:
         node = g.add_node(self.graph, "DequantizeLinear", inputs, before=unit.node, hint=name, attributes=attributes)
         node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(stored.shape)
         return node.outputs[0]
+
+
+def merge_row(graph: ir.Graph, node: ir.Node, row: ir.Node, bias: ir.Value, name: str) -> None:
+    """Make one Gemm of a MatMul and the Add ``row`` behind it; ``bias`` is what the Gemm adds instead.
+
+    The MatMul reads a DequantizeLinear and a matrix; with an input of other than two axes, the integers are reshaped,
+    for which the shape of the result must be known.
+    """
+    source, stored_weight = node.inputs[0], node.inputs[1]
+    shape = g.known_shape(row.outputs[0])
+    assert source is not None and stored_weight is not None and stored_weight.shape is not None and shape is not None
+    if len(shape) != 2:
+        dq = source.producer()
+        assert dq is not None
+        form = g.add_constant(graph, f"{name}_matrix", np.array([-1, stored_weight.shape[0]], np.int64))
+        flat = g.add_node(graph, "Reshape", [dq.inputs[0], form], before=node, hint=name)
+        if dq.inputs[0] is not None and dq.inputs[0].dtype is not None:
+            flat.outputs[0].dtype = dq.inputs[0].dtype
+        inputs = [flat.outputs[0], *dq.inputs[1:]]
+        source = g.add_node(graph, "DequantizeLinear", inputs, before=node, hint=name).outputs[0]
+        source.dtype = ir.DataType.FLOAT
+    end = gemm = g.add_node(graph, "Gemm", [source, stored_weight, bias], before=row, hint=name)
+    gemm.name = name
+    gemm.outputs[0].dtype = ir.DataType.FLOAT
+    if len(shape) != 2:
+        form = g.add_constant(graph, f"{name}_shape", np.array(shape, np.int64))
+        end = g.add_node(graph, "Reshape", [gemm.outputs[0], form], before=row, hint=name)
+    end.outputs[0].type, end.outputs[0].shape = row.outputs[0].type, row.outputs[0].shape
+    g.replace(row.outputs[0], end.outputs[0])
+
+
+def moves_values(node: ir.Node) -> bool:
+    """True for an operator that only moves or selects the values of its first input."""
+    return g.is_op(node, *MOVES) or (g.is_op(node, "Resize") and g.attribute(node, "mode", "nearest") == "nearest")

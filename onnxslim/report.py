@@ -30,6 +30,8 @@ class Report:
         warnings: what the user has to know, most important first.
         details: layers before and after, where the error comes in, histograms, the model after each pass (see
             `onnxslim.details`); None where they were not asked for.
+        integer: with ``require_int8``, which products run as integer kernels and why the others do not, see
+            `onnxslim.integer.Proof`.
     """
 
     before: dict[str, int]
@@ -41,13 +43,15 @@ class Report:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
     details: dict[str, Any] | None = None
+    integer: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, with the shortcomings of the result first among the warnings."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["warnings"] = [*self.shortcomings(), *self.warnings]
-        if self.details is None:
-            del fields["details"]
+        for name in ("details", "integer"):
+            if fields[name] is None:
+                del fields[name]
         return {name: plain(value) for name, value in fields.items()}
 
     def to_json(self) -> str:

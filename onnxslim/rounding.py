@@ -47,7 +47,7 @@ class Gram:
         self.square = np.zeros((self.groups, self.width, self.width))
 
     def update(self, array: np.ndarray) -> None:
-        rows = self._windows(array) if self.is_conv else array.reshape(1, -1, array.shape[-1])
+        rows = self.windows(array)
         rows = rows[:, :: max(-(-rows.shape[1] // self.rows), 1)].astype(np.float32)
         if not np.isfinite(rows).all() or not rows.shape[1]:
             return
@@ -64,8 +64,10 @@ class Gram:
         self.count += rows.shape[1]
         self.square += rows.transpose(0, 2, 1) @ rows
 
-    def _windows(self, array: np.ndarray) -> np.ndarray:
-        """(groups, positions, K) of an input (n, channels, ...)."""
+    def windows(self, array: np.ndarray) -> np.ndarray:
+        """(groups, positions, K): what each output of the product multiplies; of a Conv, thinned out."""
+        if not self.is_conv:
+            return array.reshape(1, -1, array.shape[-1])
         rank = len(self.window)
         padded = np.pad(array, [(0, 0), (0, 0), *zip(self.pads[:rank], self.pads[rank:], strict=True)])
         reach = [(k - 1) * d + 1 for k, d in zip(self.window, self.dilations, strict=True)]
@@ -97,32 +99,67 @@ def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, limit: 
     Args:
         moments: H, (K, K), symmetric and positive semidefinite.
     """
-    width = rows.shape[1]
+    steps = scale[:, None].astype(np.float64)
+    one = np.ones((1, rows.shape[1]))
+    spread = spreading(moments)
+    return round_columns(rows.astype(np.float64) / steps, one, 0 * one, spread, -limit, limit).astype(np.int8)
+
+
+def spreading(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order (K,) in which columns are rounded, and the factor (K, K) that spreads the error of each.
+
+    Args:
+        moments: H, (K, K), symmetric and positive semidefinite.
+
+    Raises:
+        scipy.linalg.LinAlgError: moments that are singular to working precision.
+    """
+    width = len(moments)
     diagonal = np.diag(moments)
     # The columns that matter most are rounded first: their error can still be made up for.
     order = np.argsort(-diagonal, kind="stable")
-    steps = scale[:, None].astype(np.float64)
-    left = rows[:, order].astype(np.float64) / steps
     damped = moments[np.ix_(order, order)] + np.eye(width) * max(DAMPING * float(diagonal.mean()), 1e-30)
     # Upper triangular with factorᵀ factor = H⁻¹: row k spreads the error of column k. From the Cholesky factor of the
     # reversed matrix, whose inverse is triangular as well.
     upper = linalg.cholesky(damped[::-1, ::-1], lower=True, check_finite=False)[::-1, ::-1]
-    factor = linalg.solve_triangular(upper, np.eye(width), check_finite=False)
+    return order, linalg.solve_triangular(upper, np.eye(width), check_finite=False)
+
+
+def round_columns(
+    rows: np.ndarray,
+    step: np.ndarray,
+    zero: np.ndarray,
+    spread: tuple[np.ndarray, np.ndarray],
+    low: int,
+    high: int,
+) -> np.ndarray:
+    """Whole numbers q in [low, high] for ``rows`` (outputs, K), so that (q - zero) * step is off by least.
+
+    Args:
+        step, zero: of every element, (outputs, K) or broadcastable.
+        spread: see `spreading`.
+    """
+    width = rows.shape[1]
+    order, factor = spread
+    left = rows[:, order].astype(np.float64)
+    step, zero = (np.broadcast_to(a, rows.shape)[:, order] for a in (step, zero))
     result = np.empty_like(left)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         errors = np.empty((len(left), stop - start))
         for k in range(start, stop):
-            result[:, k] = np.clip(np.rint(left[:, k]), -limit, limit)
-            errors[:, k - start] = (left[:, k] - result[:, k]) / factor[k, k]
+            result[:, k] = np.clip(np.rint(left[:, k] / step[:, k]) + zero[:, k], low, high)
+            errors[:, k - start] = (left[:, k] - (result[:, k] - zero[:, k]) * step[:, k]) / factor[k, k]
             left[:, k + 1 : stop] -= errors[:, k - start, None] * factor[k, k + 1 : stop]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     back = np.empty_like(result)
     back[:, order] = result
-    return back.astype(np.int8)
+    return back
 
 
-def refine(weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int) -> np.ndarray:
+def refine(
+    weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int, limit: int = 127
+) -> np.ndarray:
     """``stored`` again with the rounding that suits the inputs seen; never worse than before under their moments."""
     moments = gram.matrix
     if not gram.count or not np.isfinite(moments).all():
@@ -135,7 +172,7 @@ def refine(weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, 
     for group in range(gram.groups):
         part = slice(group * per_group, (group + 1) * per_group)
         try:
-            trial = round_rows(rows[part], scale[part], moments[group])
+            trial = round_rows(rows[part], scale[part], moments[group], limit)
         except linalg.LinAlgError:  # moments that are singular to working precision: plain rounding stays
             continue
 

@@ -300,15 +300,19 @@ def original_name(name: str) -> str:
     return re.sub(r"_(nchwc|nhwc)$", "", name)
 
 
-def optimized(model: ir.Model | Path, *, ep: str = "cpu", threads: int = 0) -> ir.Model:
-    """The graph that ONNX Runtime really executes on ``ep``: shows which kernels were fused."""
+def optimized(model: ir.Model | Path, *, ep: str = "cpu", threads: int = 0, weights: bool = True) -> ir.Model:
+    """The graph that ONNX Runtime really executes on ``ep``: shows which kernels were fused.
+
+    Without ``weights``, only the names, types and shapes of large initializers may be read.
+    """
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="onnxslim-") as folder:
         path = Path(folder) / "optimized.onnx"
         load(model, ep=ep, threads=threads, optimized_path=str(path))
         result = ir.load(path)
-        ir.external_data.load_to_model(result)
+        if weights:
+            ir.external_data.load_to_model(result)
         return result
 
 

@@ -63,7 +63,7 @@ class Unit:
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 # Left in float whatever is done, but named: readers look for them among the products.
 NEVER = ("ConvTranspose", "LSTM", "GRU", "RNN", "Einsum", "Attention")
-_MOVES = (
+MOVES = (
     "MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "Tile",
     "Expand", "DepthToSpace", "SpaceToDepth", "Identity",
 )  # fmt: skip
@@ -75,8 +75,17 @@ LOWERED = ("HardSigmoid", "HardSwish")
 
 def name_nodes(model: ir.Model) -> None:
     """Give every node of the main graph a name of its own; units are addressed by it."""
+    _name(model, model.graph)
+
+
+def name_all_nodes(model: ir.Model) -> None:
+    """The same for the nodes of subgraphs too."""
+    _name(model, model.graph.all_nodes())
+
+
+def _name(model: ir.Model, nodes: Iterable[ir.Node]) -> None:
     seen: set[str] = set()
-    for node in model.graph:
+    for node in nodes:
         if not node.name or node.name in seen:
             node.name = fresh_name(model.graph, node.name or f"{node.op_type}_{node.outputs[0].name}")
         seen.add(node.name)
@@ -97,7 +106,7 @@ def find_units(model: ir.Model) -> tuple[dict[str, Unit], dict[str, str]]:
                 units[name] = found
         elif is_op(node, *NEVER):
             reasons[name] = f"{node.op_type} has no static integer kernel"
-        elif is_op(node, *_MOVES):
+        elif is_op(node, *MOVES):
             if unit := _move(node, version):
                 units[name] = unit
         elif is_op(node, "Resize"):
@@ -148,7 +157,7 @@ def _product(node: ir.Node) -> Unit | str:
         if len(shape) != 2:
             return f"its weight has {len(shape)} axes; only matrices have integer kernels"
         axis = 1
-        bias = _row_bias(output, shape[1])
+        bias = row_bias(output, shape[1])
         if bias is not None:
             output = bias.outputs[0]
     if (
@@ -158,7 +167,7 @@ def _product(node: ir.Node) -> Unit | str:
         and not is_constant(node.inputs[2])
     ):
         return "its bias is computed at run time"
-    tail = _saturating(output)
+    tail = saturating(output)
     if tail is not None:
         output = tail.outputs[0]
     return Unit(
@@ -174,7 +183,7 @@ def _product(node: ir.Node) -> Unit | str:
     )
 
 
-def _row_bias(value: ir.Value, width: int | None) -> ir.Node | None:
+def row_bias(value: ir.Value, width: int | None) -> ir.Node | None:
     """The Add of a constant row (width,) that alone reads ``value``."""
     node = only_user(value)
     if not is_op(node, "Add") or node is None or not isinstance(node.graph, ir.Graph):
@@ -183,7 +192,7 @@ def _row_bias(value: ir.Value, width: int | None) -> ir.Node | None:
     return node if is_constant(other) and known_shape(other) == (width,) else None
 
 
-def _saturating(value: ir.Value) -> ir.Node | None:
+def saturating(value: ir.Value) -> ir.Node | None:
     """The Relu or Clip that alone reads ``value`` and whose bounds enclose zero."""
     node = only_user(value)
     if node is None or node.graph is not value.graph:
@@ -221,7 +230,7 @@ def _glue(node: ir.Node) -> Unit | None:
         return None
     inputs = tuple(dict.fromkeys(v.name or "" for v in node.inputs if v is not None and not is_constant(v)))
     output = node.outputs[0]
-    tail = _saturating(output) if is_op(node, "Add") else None
+    tail = saturating(output) if is_op(node, "Add") else None
     if tail is not None:
         output = tail.outputs[0]
     return Unit(node.name or "", Kind.GLUE, node, inputs, (output.name or "",), fixed, tail=tail)

@@ -155,6 +155,34 @@ def test_inspect_as_csv_and_markdown(run: Run, tiny: Path) -> None:
     assert facts["types"] == {"float": {"tensors": 4, "elements": 91, "bytes": 364}}
 
 
+def test_inspect_counts_integer_kernels(run: Run, tiny: Path) -> None:
+    facts = json.loads(run("inspect", tiny, "--json", "--ep", "cpu"))["integer"]
+    assert (facts["layers"], facts["integer_layers"]) == (2, 0)
+    assert {row["node"] for row in facts["not_integer"]} == {"conv", "gemm"}
+    text = run("inspect", tiny, "--ep", "cpu")
+    assert "0 of 2 products and 0.0% of their MACs run on integers" in text
+    assert "not stored as integers" in text
+    run("inspect", tiny, "--ep", "openvino", code=2)
+
+
+def test_too_few_integer_kernels_are_1_and_the_result_is_written(
+    run: Run, tiny: Path, tmp_path: Path, passes: dict[str, Any]
+) -> None:
+    out = tmp_path / "out.onnx"
+    facts = json.loads(run(tiny, out, "--passes", "keep", "--no-bench", "--require-int8", "95%", "--json", code=1))
+    assert out.exists()
+    assert "0.0% of the MACs run on integers, 95.0% are required" in run_line(facts)
+    assert facts["integer"]["integer_macs_fraction"] == 0
+    run(tiny, out, "--passes", "keep", "--no-bench", "--require-int8", "0%")
+    out.unlink()
+    run(tiny, out, "--passes", "keep", "--no-bench", "--require-int8", "most", code=2)
+    assert not out.exists()
+
+
+def run_line(facts: dict[str, Any]) -> str:
+    return next(line for line in facts["warnings"] if line.startswith("TOO FEW"))
+
+
 def test_compare(run: Run, tiny: Path, samples: Maker) -> None:
     assert "0.0e+00" in run("compare", tiny, tiny)
     worse = onnx.load(tiny)

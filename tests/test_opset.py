@@ -157,7 +157,7 @@ NEWER: dict[str, ir.Model] = {
 
 
 @pytest.mark.parametrize("name", NEWER)
-@pytest.mark.parametrize("version", [17, 20])
+@pytest.mark.parametrize("version", [17, 20, 21])
 def test_same_outputs_in_newer_versions(name: str, version: int) -> None:
     model = NEWER[name].clone()
     before = _outputs(model)
@@ -169,7 +169,7 @@ def test_same_outputs_in_newer_versions(name: str, version: int) -> None:
 
 
 def test_versions_that_nobody_knows_are_refused() -> None:
-    assert "only 7 to 20" in str(raise_opset(_model("Relu", 13), 21))
+    assert "only 7 to 21" in str(raise_opset(_model("Relu", 13), 22))
 
 
 @pytest.mark.parametrize("version", [8, 10])

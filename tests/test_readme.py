@@ -51,6 +51,6 @@ def test_every_command_line_is_understood(line: str) -> None:
 def test_every_option_in_the_text_exists() -> None:
     known = {option for command in cli.cli.commands.values() for p in command.params for option in p.opts}
     mentioned = set(
-        re.findall(r"`?(--[a-z][a-z-]+)", re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE))
+        re.findall(r"`?(--[a-z][a-z0-9-]+)", re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE))
     )
     assert mentioned <= known | {"--help"}

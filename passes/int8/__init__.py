@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from onnxslim import equalize, qdq, runtime
+from onnxslim import equalize, integer, qdq, runtime
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
 from onnxslim.graph import is_op
@@ -16,9 +16,8 @@ from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.accuracy import Judge
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
+from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_nodes
-
-INTEGER_KERNELS = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,10 @@ class Int8(Pass):
         per_channel: one weight scale per output channel instead of one per weight.
         keep: names of layers (nodes) that stay in float.
         samples: how many calibration samples are used at most.
+        target: what the file is for: cpu, cpu-arm, openvino, tensorrt; none takes the target of the run. Each wants its
+            pairs elsewhere, from the same calibration. What is not installed here is not measured.
+        portable: also right on x86 CPUs without VNNI, whose kernels add two products in 16 bits: layers whose sums do
+            not fit, as seen on the calibration data, get weights of 7 bits. Without it the report warns of them.
     """
 
     name: ClassVar[str] = "int8"
@@ -57,6 +60,8 @@ class Int8(Pass):
     per_channel: bool = True
     keep: tuple[str, ...] = ()
     samples: int = 128
+    target: Literal["cpu", "cpu-arm", "openvino", "cuda", "tensorrt"] | None = None
+    portable: bool = False
 
     def __post_init__(self) -> None:
         self.require(0 <= self.fidelity < 1, f"fidelity={self.fidelity} must be at least 0 and below 1")
@@ -64,7 +69,8 @@ class Int8(Pass):
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         layers = _layers(model)
-        blocked = self._blocked(ctx)
+        target = self.target or ctx.target
+        blocked = self._blocked(ctx, target)
         if blocked is not None or not layers:
             return _nothing(layers, dict.fromkeys(layers, blocked or ""))
         draft = model.clone()
@@ -80,50 +86,74 @@ class Int8(Pass):
         if not wanted:
             return _nothing(layers, reasons)
         fitting, held_out = ctx.calibration.spread(self.samples).split(0.25)
+        profile = PROFILES[target]
+        timed = self.measure and _can_be_timed(profile, ctx)
         changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize else {}
-        ready = survey(draft, wanted, fitting, ctx, per_channel=self.per_channel)
+        ready = survey(
+            draft, wanted, fitting, ctx, per_channel=self.per_channel, profile=profile, portable=self.portable
+        )
         reasons.update({n: "its input or result had no finite value" for n in wanted if n not in ready.products})
-        products, figures = self._search(draft, ready, held_out, ctx, reasons)
+        products, figures = self._search(draft, ready, held_out, ctx, reasons, timed)
         if not products:
             return _nothing(layers, reasons, figures)
         qdq.insert(draft, ready.plan(ready.choose(products)))
         forget_ranks(draft, set(guessed))
-        kernels = _integer_kernels(draft, ctx)
-        model.graph = draft.graph
+        figures |= self._saturation(ready, products, ctx)
         total = sum(ready.macs.values())
-        stats = {
+        stats: dict[str, Any] = {
             "layers": len(layers),
             "int8_layers": len(products),
             "int8_macs_fraction": round(sum(ready.macs[n] for n in products) / max(total, 1), 4),
-            "integer_kernels": kernels,
             "ranges": ready.methods,
             "restored": [n for n in wanted if n not in products],
         }
+        if profile.here:
+            proof = integer.prove(draft, ctx.calibration.feed(ctx.calibration[0]), threads=ctx.threads)
+            blocked_layers = {x.name: f"stays in float: {x.reason}" for x in proof.layers if not x.kernel}
+            reasons.update({n: reason for n, reason in blocked_layers.items() if n in products})
+            stats |= {"integer_macs_fraction": round(proof.fraction, 4), "integer_kernels": proof.kernels}
+        model.graph = draft.graph
         return Outcome(stats | changed | figures, _skips(reasons))
 
-    def _blocked(self, ctx: Context) -> str | None:
+    def _saturation(self, ready: Prepared, products: Sequence[str], ctx: Context) -> dict[str, Any]:
+        """What CPUs without VNNI would make of ``products``; a warning where that is something else."""
+        saturating = [n for n in ready.saturating if n in products]
+        if saturating and not self.portable:
+            ctx.warnings.append(
+                f"int8: on x86 CPUs without VNNI the sums of {len(saturating)} layers would saturate (first: "
+                f"{saturating[0]}); int8(portable=true) is right there too"
+            )
+        return {"saturating": saturating, "seven_bits": [n for n in ready.narrow if n in products]}
+
+    def _blocked(self, ctx: Context, target: str) -> str | None:
         """Why nothing can be done at all."""
         if ctx.synthetic:
             return "no calibration data: static ranges would be guesses"
-        if ctx.target == "cuda":
-            return "ONNX Runtime's CUDA provider has no integer kernels for Conv, MatMul or Gemm"
-        return None
+        return REFUSED.get(target)
 
     def _search(
-        self, model: ir.Model, ready: Prepared, held_out: Data, ctx: Context, reasons: dict[str, str]
+        self, model: ir.Model, ready: Prepared, held_out: Data, ctx: Context, reasons: dict[str, str], timed: bool
     ) -> tuple[list[str], dict[str, Any]]:
         """The products that stay on integers; adds the others to ``reasons``."""
         figures: dict[str, Any] = {}
         products, found, lost = accuracy.restore(Judge(model, ready, held_out, ctx), self.fidelity)
         reasons.update(found)
         figures["fidelity"] = round(1 - lost, 5)
-        if products and self.measure:
+        if products and timed:
             feeds = list(held_out.spread(4).feeds())
             choice = speed.search(model, ready, products, feeds, ctx)
             products = choice.products
             reasons.update(choice.reasons)
             figures["speedup"] = {name: round(value, 3) for name, value in choice.candidates.items()}
         return products, figures
+
+
+def _can_be_timed(profile: Profile, ctx: Context) -> bool:
+    """Whether the execution provider of ``profile`` runs here; a warning where it does not."""
+    if profile.here or (profile.ep != "cpu" and profile.ep in runtime.PROVIDERS and runtime.available(profile.ep)):
+        return True
+    ctx.warnings.append(f"int8: {profile.name} does not run here: whether it is faster was not measured")
+    return False
 
 
 def _layers(model: ir.Model) -> list[str]:
@@ -138,12 +168,3 @@ def _nothing(layers: list[str], reasons: dict[str, str], figures: dict[str, Any]
 
 def _skips(reasons: dict[str, str]) -> list[Skip]:
     return [Skip(name, reason) for name, reason in reasons.items()]
-
-
-def _integer_kernels(model: ir.Model, ctx: Context) -> dict[str, int]:
-    """How many products really run as integer kernels, by kernel, in the graph that the provider executes."""
-    counts: dict[str, int] = {}
-    for node in runtime.optimized(model, threads=ctx.threads).graph:
-        if node.op_type in INTEGER_KERNELS:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts

@@ -14,10 +14,12 @@ from onnxslim.contract import Context
 from onnxslim.data import Data
 from onnxslim.graph import constant
 from onnxslim.probe import Local
+from onnxslim.profiles import CPU, Profile
 from onnxslim.qdq import Plan
-from onnxslim.quantization import QParams, activation_params, quantize, weight_params, widen_for_bias
+from onnxslim.quantization import QParams, quantize, weight_params, widen_for_bias
 from onnxslim.responses import response
 from onnxslim.rounding import ROWS, WIDEST, Gram, refine
+from onnxslim.saturation import overflowing
 from onnxslim.units import Kind, Unit, find_units, settle, sources, stored_values
 
 # Samples on which ranges are compared by the error they cause; each costs two passes per candidate range.
@@ -34,6 +36,9 @@ class Prepared:
         macs: multiply-accumulates per product.
         params, weights, shift: see `Plan`.
         methods: how many ranges were taken by each method.
+        saturating: products whose sums of two products would not fit into 16 bits, which CPUs without VNNI have.
+        narrow: those of them that are stored in 7 bits for that reason.
+        profile: the execution provider that is served.
     """
 
     units: dict[str, Unit]
@@ -44,6 +49,9 @@ class Prepared:
     weights: dict[str, tuple[np.ndarray, QParams]]
     shift: dict[str, np.ndarray]
     methods: dict[str, int]
+    saturating: list[str]
+    narrow: list[str]
+    profile: Profile
 
     def choose(self, products: Collection[str]) -> frozenset[str]:
         """``products`` and the glue and moves worth having with them."""
@@ -51,15 +59,24 @@ class Prepared:
 
     def plan(self, chosen: Collection[str]) -> Plan:
         """The plan that runs ``chosen`` on integers."""
-        return Plan(frozenset(chosen), self.params, self.weights, self.shift)
+        return Plan(frozenset(chosen), self.params, self.weights, self.shift, self.profile)
 
 
-def survey(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, *, per_channel: bool) -> Prepared:
+def survey(
+    model: ir.Model,
+    products: Sequence[str],
+    data: Data,
+    ctx: Context,
+    *,
+    per_channel: bool,
+    profile: Profile = CPU,
+    portable: bool = False,
+) -> Prepared:
     """Measure ``model`` on ``data`` and decide how every unit would be stored.
 
     Products whose input never had a finite value are dropped from the result's ``products``.
     """
-    units, _ = find_units(model)
+    units = profile.units(find_units(model)[0])
     wanted = set(products)
     units = {n: u for n, u in units.items() if u.kind is not Kind.PRODUCT or n in wanted}
     owner = sources(units.values())
@@ -72,21 +89,41 @@ def survey(model: ir.Model, products: Sequence[str], data: Data, ctx: Context, *
     calibration.collect(model, attached, ctx, data=data)
     seen_as = {v.name or "": found[0] for v in _values(model) if v.name in histograms and (found := response(v))}
     options = {
-        name: {method: activation_params(*limits) for method, limits in ranges.candidates(h, seen_as.get(name)).items()}
+        name: {method: profile.params(*limits) for method, limits in ranges.candidates(h, seen_as.get(name)).items()}
         for name, h in histograms.items()
     }
     units = {n: u for n, u in units.items() if all(options.get(owner.get(v, v), True) for v in (*u.inputs, *u.outputs))}
     kept = [n for n in products if n in units]
-    weights = {}
-    for name in kept:
+
+    def store(name: str, bits: int = 8) -> tuple[np.ndarray, QParams]:
         choices = options[owner.get(units[name].inputs[0], units[name].inputs[0])].values()
         least = min(float(c.scale) for c in choices)
-        weights[name] = _store(units[name], per_channel, grams.get(name), least)
+        return _store(units[name], per_channel, grams.get(name), least, bits)
+
+    weights = {name: store(name) for name in kept}
     params = {name: found["mse" if "mse" in found else "minmax"] for name, found in options.items() if found}
-    shift, methods = _compare(model, kept, weights, options, params, data.spread(COMPARED), ctx)
+    compared = data.spread(COMPARED)
+    shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
+    saturating: list[str] = []
+    if profile is CPU:
+        chosen = {n: units[n] for n in kept}
+        saturating = overflowing(
+            model, chosen, weights, {n: params[owner.get(v, v)] for n, v in _reads(chosen)}, ctx, data
+        )
+    if portable and saturating:
+        weights.update({name: store(name, 7) for name in saturating})
+        shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
     table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
     sizes = {name: histograms[owner.get(name, name)].elements for name in (*names, *owner)}
-    return Prepared(units, kept, sizes, {n: table.get(n, 0) for n in kept}, params, weights, shift, methods)
+    return Prepared(
+        units, kept, sizes, {n: table.get(n, 0) for n in kept}, params, weights, shift, methods,
+        saturating, saturating if portable else [], profile,
+    )  # fmt: skip
+
+
+def _reads(units: Mapping[str, Unit]) -> list[tuple[str, str]]:
+    """Each product with the activation it reads."""
+    return [(name, unit.inputs[0]) for name, unit in units.items()]
 
 
 def _values(model: ir.Model) -> list[ir.Value]:
@@ -128,6 +165,7 @@ def _compare(
     params: dict[str, QParams],
     data: Data,
     ctx: Context,
+    profile: Profile,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Put the best range of every input of a product into ``params``; returns bias shifts and how often each won.
 
@@ -136,7 +174,7 @@ def _compare(
     """
     if not products:
         return {}, {}
-    local = Local(model, products, weights, ctx.threads)
+    local = Local(model, products, weights, ctx.threads, profile)
     kinds = list(dict.fromkeys(kind for owner in local.owners for kind in options[owner]))
     errors: dict[tuple[str, str], float] = {}
     means: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -175,18 +213,20 @@ def _grams(units: Mapping[str, Unit], products: Collection[str], rows: int) -> d
     return found
 
 
-def _store(unit: Unit, per_channel: bool, gram: Gram | None, scale: float) -> tuple[np.ndarray, QParams]:
+def _store(unit: Unit, per_channel: bool, gram: Gram | None, scale: float, bits: int = 8) -> tuple[np.ndarray, QParams]:
     """The stored weight of a product whose input is stored with at least the step ``scale``."""
     assert unit.weight is not None
     index, axis = unit.weight
     weight = constant(unit.node.inputs[index])
     assert weight is not None
-    params = weight_params(weight, axis if per_channel else None)
+    params = weight_params(weight, axis if per_channel else None, bits=bits)
     bias = constant(unit.node.inputs[2]) if len(unit.node.inputs) > 2 else None
     if bias is not None:
         channels = weight.shape[axis or 0]
         params = widen_for_bias(params, np.broadcast_to(bias.reshape(-1), (channels,)), scale)
-    stored = quantize(weight, params)
+    stored, limit = quantize(weight, params), 2 ** (bits - 1) - 1
+    if bits < 8:
+        stored = np.clip(stored, -limit, limit)
     if gram is not None and axis is not None:
-        stored = refine(weight, stored, params, gram, axis)
+        stored = refine(weight, stored, params, gram, axis, limit)
     return stored, params

@@ -36,12 +36,14 @@ def search(model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, 
     Two rounds drop what the kernel times say loses, conversions included; then the float model and every candidate
     are timed in turn, and the fastest stays. With nothing faster than float, nothing stays on integers.
     """
-    float_times = runtime.profile(model, feeds, threads=ctx.threads)
+    ep = ready.profile.ep
+    # Other providers run most of a model as one node: only the whole can be timed.
+    float_times = runtime.profile(model, feeds, threads=ctx.threads) if ep == "cpu" else {}
     candidates: dict[str, list[str]] = {"all": products}
     reasons: dict[str, str] = {}
     models = {"all": insert(model, ready, products)}
     kept = products
-    for name in ("restored", "restored twice"):
+    for name in ("restored", "restored twice") if ep == "cpu" else ():
         times = runtime.profile(models[next(reversed(models))], feeds, threads=ctx.threads)
         losing = _losing(ready, kept, float_times, times)
         if not losing or len(losing) == len(kept):
@@ -49,7 +51,7 @@ def search(model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, 
         reasons.update(losing)
         kept = [n for n in kept if n not in losing]
         candidates[name], models[name] = kept, insert(model, ready, kept)
-    runners = [runtime.load(m, threads=ctx.threads) for m in (model, *models.values())]
+    runners = [runtime.load(m, ep=ep, threads=ctx.threads) for m in (model, *models.values())]
     timed = runtime.compare_latency(runners, [feeds] * len(runners), seconds=SECONDS)
     # The fastest tenth of the passes: what other processes take from a busy machine is not the model's.
     speeds = {n: timed.latency[0].p10 / timed.latency[k].p10 for k, n in enumerate(candidates, 1)}

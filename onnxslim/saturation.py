@@ -1,0 +1,90 @@
+"""Sums that do not fit where x86 CPUs without VNNI keep them.
+
+Their kernels for u8 x s8 multiply two neighbouring inputs with their weights and add the two products in a signed
+16-bit number, which saturates. Neighbours are input channels at one place of the window of a Conv, and rows of the
+weight of a Gemm or MatMul. Depthwise convolutions have kernels of their own, which add in 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim.calibration import Statistic, collect
+from onnxslim.contract import Context
+from onnxslim.data import Data
+from onnxslim.quantization import QParams, may_saturate, quantize
+from onnxslim.rounding import Gram
+from onnxslim.units import Unit
+
+LIMIT = np.iinfo(np.int16).max
+# Samples that are simulated, and rows of each.
+SAMPLES, ROWS = 8, 64
+
+
+class Pairs:
+    """The largest magnitude of a sum of two neighbouring products, over the inputs seen.
+
+    Args:
+        params: how the input is stored (u8).
+        stored: int8 weight; ``axis`` is that of its output channels.
+    """
+
+    def __init__(self, unit: Unit, params: QParams, stored: np.ndarray, axis: int) -> None:
+        self.gram = Gram(unit, stored.shape, ROWS)
+        self.params = params
+        weight = np.moveaxis(stored, axis, 0).reshape(self.gram.groups, stored.shape[axis] // self.gram.groups, -1)
+        self.order = _channels_last(self.gram.window, weight.shape[-1])
+        self.weight = weight[..., self.order].astype(np.int32)
+        self.peak = 0
+
+    def update(self, array: np.ndarray) -> None:
+        rows = self.gram.windows(array)
+        rows = rows[:, :: max(-(-rows.shape[1] // ROWS), 1)][..., self.order]
+        if not rows.shape[1] or not np.isfinite(rows).all():
+            return
+        codes = quantize(rows, self.params).astype(np.int32)
+        even = codes.shape[-1] // 2 * 2
+        for group, weight in zip(codes, self.weight, strict=True):
+            for row in group:
+                products = row[:even] * weight[:, :even]
+                sums = products[:, 0::2] + products[:, 1::2]
+                self.peak = max(self.peak, int(np.abs(sums).max(initial=0)))
+
+
+def _channels_last(window: tuple[int, ...], width: int) -> np.ndarray:
+    """Positions of the inputs of a product as kernels order them: the channels of one place after the other."""
+    places = int(np.prod(window)) if window else 1
+    return np.arange(width).reshape(width // places, places).T.reshape(-1)
+
+
+def overflowing(
+    model: ir.Model,
+    units: Mapping[str, Unit],
+    weights: Mapping[str, tuple[np.ndarray, QParams]],
+    params: Mapping[str, QParams],
+    ctx: Context,
+    data: Data,
+) -> list[str]:
+    """Names of the products of ``units`` of which a sum of two products leaves 16 bits on some sample.
+
+    Args:
+        weights: stored weights; params: of the input of each product, by the name of the product.
+    """
+    pairs: dict[str, Pairs] = {}
+    for name, unit in units.items():
+        assert unit.weight is not None
+        stored, axis = weights[name][0], unit.weight[1] or 0
+        gram = Gram(unit, stored.shape, ROWS)
+        depthwise = gram.is_conv and stored.shape[1] == 1
+        columns = np.moveaxis(stored, axis, 0).reshape(stored.shape[axis], -1)
+        if not depthwise and may_saturate(columns[:, _channels_last(gram.window, columns.shape[1])], 0):
+            pairs[name] = Pairs(unit, params[name], stored, axis)
+    attached: dict[str, list[Statistic]] = {}
+    for name, pair in pairs.items():
+        attached.setdefault(units[name].inputs[0], []).append(pair)
+    if attached:
+        collect(model, attached, ctx, data=data.spread(SAMPLES), label="saturation")
+    return [name for name, pair in pairs.items() if pair.peak > LIMIT]

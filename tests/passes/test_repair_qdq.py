@@ -1,0 +1,128 @@
+"""`repair_qdq`: every planted defect is repaired, and the model then computes on integers what its file said."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxslim import data, integer, runtime
+from onnxslim import model as model_io
+from onnxslim.contract import Context, Outcome
+from onnxslim.passes.repair_qdq import RepairQdq
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import tiny_proto
+from qdq_nets import DEFECTS, feed, group, planted
+
+OPS = ("Conv", "Gemm", "MatMul")
+
+
+def repair(proto: onnx.ModelProto, op: str, synthetic: bool = False) -> tuple[onnx.ModelProto, Outcome]:
+    """A repaired copy."""
+    model = model_io.load(proto)
+    samples = data.open_data([feed(op, k) for k in range(6)], data.input_specs(model))
+    outcome = RepairQdq().apply(model, Context(calibration=samples, synthetic=synthetic, threads=1))
+    repaired = model_io.to_proto(model)
+    onnx.checker.check_model(repaired, full_check=True)
+    return repaired, outcome
+
+
+def gap(one: onnx.ModelProto, other: onnx.ModelProto, op: str, optimized: tuple[bool, bool]) -> float:
+    """Largest relative L2 distance of an output of ``other`` from that of ``one``."""
+    results = []
+    for proto, switch in zip((one, other), optimized, strict=True):
+        results.append(runtime.load(proto.SerializeToString(), optimize=switch)(feed(op, 99)))
+    assert list(results[0]) == list(results[1])
+    return max(float(np.linalg.norm(results[1][n] - a) / np.linalg.norm(a)) for n, a in results[0].items())
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_every_planted_defect_is_repaired(op: str, defect: str) -> None:
+    proto = planted(op, defect)
+    if proto is None:
+        pytest.skip("this operator cannot have it")
+    repaired, outcome = repair(proto, op)
+    assert outcome.stats["rules_repaired"] == outcome.stats["rules_found"]
+    assert DEFECTS[defect][0] in outcome.stats["rules_found"]
+    assert outcome.stats["integer_macs_fraction"] == 1
+    proof = integer.prove(model_io.load(repaired))
+    assert proof.fraction == 1
+    assert not proof.wrong
+    if defect != "wrong axis named":  # there, the file does not say what was meant
+        assert gap(proto, repaired, op, (False, True)) < 0.02
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrongly_named_axis_is_told_from_wrong_scales(op: str) -> None:
+    """The integers fill their range along the axis that the scales belong to."""
+    proto = planted(op, "wrong axis named")
+    assert proto is not None
+    repaired, _ = repair(proto, op)
+    assert gap(group(op), repaired, op, (False, True)) < 0.005
+    assert gap(proto, repaired, op, (False, False)) > 0.05
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_u8_from_s8_changes_no_value(op: str) -> None:
+    proto = planted(op, "s8 with two readers")
+    assert proto is not None
+    repaired, _ = repair(proto, op)
+    assert gap(proto, repaired, op, (False, False)) < 1e-6
+
+
+def test_parameters_shared_through_moves_and_biases_follow() -> None:
+    """Behind the Relu the values move, and the next layer's bias has a scale made of the old one."""
+    proto = group("Conv", storage=np.int8, zero_point=0, copies=2)
+    pooled = onnx.ModelProto()
+    pooled.CopyFrom(proto)
+    nodes = pooled.graph.node
+    index = next(k for k, n in enumerate(nodes) if n.name == "layer1")
+    nodes[index].input[0] = "pooled_d"
+    constants = ["y0_s", "y0_z"]
+    nodes.insert(index, onnx.helper.make_node("MaxPool", ["d1"], ["pooled"], kernel_shape=[2, 2]))
+    nodes.insert(index + 1, onnx.helper.make_node("QuantizeLinear", ["pooled", *constants], ["pooled_q"]))
+    nodes.insert(index + 2, onnx.helper.make_node("DequantizeLinear", ["pooled_q", *constants], ["pooled_d"]))
+    repaired, outcome = repair(pooled, "Conv")
+    assert outcome.stats["integer_macs_fraction"] == 1
+    ops = [n.op_type for n in runtime.optimized(model_io.load(repaired)).graph]
+    assert "NhwcMaxPool" in ops
+    assert ops.count("DequantizeLinear") == 1
+    assert gap(pooled, repaired, "Conv", (False, True)) < 0.02
+
+
+def test_without_data_no_range_is_guessed() -> None:
+    proto = group("Conv", store=False)
+    repaired, outcome = repair(proto, "Conv", synthetic=True)
+    assert outcome.stats["repaired"] == 0
+    (skip,) = outcome.skipped
+    assert skip.node == "layer0"
+    assert "no calibration data" in skip.reason
+    assert gap(proto, repaired, "Conv", (True, True)) == 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_sound_model_stays_as_it_is(op: str) -> None:
+    proto = group(op)
+    model = model_io.load(proto)
+    repaired, outcome = repair(proto, op)
+    assert outcome.stats["found"] == 0
+    assert len(repaired.graph.node) == len(list(model.graph))
+    assert gap(proto, repaired, op, (True, True)) == 0
+
+
+def test_a_float_model_stays_as_it_is() -> None:
+    repaired, outcome = repair_tiny()
+    assert repaired.SerializeToString() == model_io.to_proto(model_io.load(tiny_proto())).SerializeToString()
+    assert "no DequantizeLinear" in outcome.skipped[0].reason
+
+
+def repair_tiny() -> tuple[onnx.ModelProto, Outcome]:
+    model = model_io.load(tiny_proto())
+    x = {"x": np.zeros((1, 2, 8, 8), np.float32)}
+    outcome = RepairQdq().apply(model, Context(calibration=data.open_data([x], data.input_specs(model))))
+    return model_io.to_proto(model), outcome
