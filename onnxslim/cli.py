@@ -99,7 +99,7 @@ _MMAP_THRESHOLD = -3  # of mallopt(3)
 @click.argument("target_path", metavar="OUT", type=_FILE)
 @click.option(
     "--passes",
-    default="simplify,fold,fuse",
+    default="simplify,fold,fuse(opset=0)",
     metavar="LIST",
     help="Pipeline, as 'prune(ratio=0.3),int8'; see 'onnxslim passes'.",
     show_default=True,
