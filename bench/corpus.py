@@ -1,6 +1,6 @@
 """Runs passes over every file of the corpus (models/corpus.py) and prints what became of each.
 
-    python bench/corpus.py [NAME ...] [--passes simplify,fold] [--peers] [--latency] [--twice] [--json FILE]
+    python bench/corpus.py [NAME ...] [--passes simplify,fold,fuse] [--peers] [--latency] [--twice] [--json FILE]
 
 For each file: nodes of the original and of the result, the result's largest relative L2 error on the saved inputs, the
 seconds from reading to writing, and the peak of the process's resident memory. The passes are applied as they are:
@@ -41,6 +41,7 @@ from bench import peers
 from models import corpus
 from models.data import Sample
 from models.packages import ZooError, sha256
+from onnxslim.api import DEFAULT_PASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("onnxslim", "onnxsim")
@@ -360,7 +361,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="bench/corpus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="an architecture, or one file of it: resnet.dynamo")
-    parser.add_argument("--passes", default="simplify,fold", metavar="LIST", help="default: simplify,fold")
+    parser.add_argument("--passes", default=DEFAULT_PASSES, metavar="LIST", help=f"default: {DEFAULT_PASSES}")
     parser.add_argument("--peers", action="store_true", help="also what the peers make of each file")
     parser.add_argument("--latency", action="store_true", help="also the speed of every result over the original")
     parser.add_argument("--command", action="store_true", help="time the whole command, imports and checks included")
@@ -388,9 +389,6 @@ def main(arguments: list[str]) -> int:
         return 2
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
-    # Loaded before the forks, so that a row's seconds are those of the work.
-    from onnxslim import api  # noqa: F401
-
     failures = {entry.name: entry.failure for entry in chosen if entry.failure}
     rows = []
     shown = "".join(f"{name[:7]:>8}" for name in PEERS) + "   more" if options.peers else ""

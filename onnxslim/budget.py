@@ -140,8 +140,9 @@ def _per_node(times: Mapping[str, float], names: Mapping[str | None, ir.Node]) -
 
 def _work(node: ir.Node, amount: float, coupled: Coupling, shapes: Shapes) -> list[Term]:
     """``amount`` in proportion to what a node computes: its weights where it multiplies by some, else its output."""
+    factors = node.inputs[: 3 if node.op_type in ("LSTM", "GRU", "RNN") else 2]
     weights = [
-        v for v in node.inputs if v is not None and is_constant(v) and v.const_value is not None
+        v for v in factors if v is not None and is_constant(v) and v.const_value is not None
         and len(v.const_value.shape) > 1 and v in coupled.labels
     ]  # fmt: skip
     if weights:

@@ -99,7 +99,7 @@ _MMAP_THRESHOLD = -3  # of mallopt(3)
 @click.argument("target_path", metavar="OUT", type=_FILE)
 @click.option(
     "--passes",
-    default="simplify,fold,fuse",
+    default="simplify,fold,fuse(opset=0)",
     metavar="LIST",
     help="Pipeline, as 'prune(ratio=0.3),int8'; see 'onnxslim passes'.",
     show_default=True,
@@ -257,11 +257,11 @@ def inspect(
     from onnxslim import inspection, pages
 
     if prunable:
-        from onnxslim.prunable import facts as groups
-        from onnxslim.prunable import table
+        from onnxslim import prunable as groups
 
-        found = groups(model, shapes)
-        _show(pages.to_json(found), table(found), json_to)
+        found = groups.facts(model, shapes)
+        outputs = _Outputs(csv_to, markdown_to)
+        _show(pages.to_json(found), groups.table(found), json_to, groups.sheets(found), outputs)
         return
     facts = inspection.inspect(model, shapes, ep)
     outputs = _Outputs(csv_to, markdown_to)

@@ -32,7 +32,8 @@ class Site:
 
     ``weight`` is the input index of the constant factor and ``weight_axis`` its contracted axis; -1 where the other
     factor is computed at run time. ``labels`` are the ids of the contracted axis, (n,). ``groups`` > 1 for grouped
-    convolutions, whose weight holds n / groups input channels; ``rank`` that of the data.
+    convolutions, whose weight holds n / groups input channels; ``rank`` that of the data. ``source`` is the value that
+    is summed over where it is no input: a recurrent layer sums over its own output.
     """
 
     node: ir.Node
@@ -43,6 +44,12 @@ class Site:
     weight_axis: int = -1
     groups: int = 1
     rank: int = 0
+    source: ir.Value | None = None
+
+    @property
+    def operand(self) -> ir.Value | None:
+        """The value that is summed over."""
+        return self.source if self.source is not None else self.node.inputs[self.data]
 
     @property
     def name(self) -> str:

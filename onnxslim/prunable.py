@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from onnxslim import budget, coupling
 from onnxslim import model as model_io
 from onnxslim.checks import generated
+from onnxslim.sheet import Column, Sheet
 
 
 def facts(source: Any, shapes: Mapping[str, list[int]], *, threads: int = 0) -> dict[str, Any]:
@@ -48,16 +48,20 @@ def facts(source: Any, shapes: Mapping[str, list[int]], *, threads: int = 0) -> 
     return {"groups": rows, "frozen": coupled.frozen(), "counted_at": {n: list(a.shape) for n, a in feed.items()}}
 
 
+def sheets(found: Mapping[str, Any]) -> list[Sheet]:
+    """The groups, and what stays whole."""
+    groups = (
+        Column("group", "name"),
+        Column("units", "units", ","),
+        Column("parameters", "parameters", ".1%"),
+        Column("MACs", "macs", ".1%"),
+        Column("read by", lambda row: [*row["readers"][:3], *(["..."] if len(row["readers"]) > 3 else [])]),
+    )
+    frozen = (Column("stays whole", "name"), Column("because", "reason"))
+    stays = [{"name": name, "reason": why} for name, why in found["frozen"].items()]
+    return [Sheet("groups", groups, found["groups"]), *([Sheet("frozen", frozen, stays)] if stays else [])]
+
+
 def table(found: Mapping[str, Any]) -> RenderableType:
     """`facts` for a terminal."""
-    groups = Table("group", "units", "parameters", "MACs", "read by", box=None, pad_edge=False)
-    for row in found["groups"]:
-        readers = ", ".join(row["readers"][:3]) + (" ..." if len(row["readers"]) > 3 else "")
-        shares = (f"{row[name]:.1%}" for name in ("parameters", "macs"))
-        groups.add_row(row["name"], str(row["units"]), *shares, readers)
-    for column in groups.columns[1:4]:
-        column.justify = "right"
-    frozen = Table("stays whole", "because", box=None, pad_edge=False)
-    for name, why in found["frozen"].items():
-        frozen.add_row(name, why)
-    return Group(groups, Text(), frozen) if found["frozen"] else Group(groups)
+    return Group(*(part for sheet in sheets(found) for part in (sheet.table(), Text())))

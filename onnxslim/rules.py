@@ -5,13 +5,14 @@ Those of operators that move data are in `onnxslim.rules_movement`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxslim.channels import Labels
-from onnxslim.coupling import Axes, Coupling, Rule, reason, unknown
+from onnxslim.coupling import Axes, Coupling, Rule, Site, reason, unknown
 from onnxslim.graph import attribute, constant, is_constant, is_op, opset, set_attribute
 
 RULES: dict[str, Rule] = {}
@@ -333,21 +334,44 @@ def quantization(c: Coupling, node: ir.Node) -> None:
     c.set(node.outputs[0], axes)
 
 
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
 @rule("LSTM GRU RNN")
 def recurrent(c: Coupling, node: ir.Node) -> None:
-    """The input features are contracted with W (directions, gates * hidden, features); the hidden state stays."""
-    why = reason(node, "the hidden state of a recurrent layer")
-    x, w = data(node, 0), data(node, 1)
+    """W (directions, gates * hidden, features) sums over the features, R (directions, gates * hidden, hidden) over the
+    hidden units, which leave every gate and every direction at once.
+    """
+    x, w, r = data(node, 0), data(node, 1), data(node, 2)
     c.tie(c.axes(x)[2], c.axes(w)[2], reason(node, "contracted with an axis that cannot be cut"))
     c.contract(node, 0, 2, 1, 2)
     for axis in (0, 1):
-        c.freeze(c.axes(w)[axis], why)
         c.freeze(c.axes(x)[axis], reason(node, "a sequence or batch axis"))
-    for value in node.inputs[2:]:
-        c.freeze_value(value, why)
-    for output in node.outputs:
-        if output.name in c.shapes:
-            c.set(output, [None] * len(c.shape(output)))
+    gates, hidden = _GATES[node.op_type], c.shape(r)[2]
+    outputs = [v for v in node.outputs if v.name in c.shapes]
+    # The batch-first layout of opset 14, and what is computed but never shown, have no rule.
+    plain = attribute(node, "layout", 0) == 0 and node.outputs[0] in outputs and hidden > 1
+    units = c.ids.new(hidden) if plain and is_constant(w) and is_constant(r) else None
+    why = reason(node, "the hidden state of a recurrent layer")
+    carriers = [(w, 1, gates), (r, 1, gates), (r, 2, 1), (optional(node, 3), 1, 2 * gates)]
+    carriers += [(optional(node, 5), 2, 1), (optional(node, 6), 2, 1), (optional(node, 7), 1, 3)]
+    for value, own, times in carriers:
+        if value is None:
+            continue
+        for axis, labels in enumerate(c.axes(value)):
+            if axis == own and units is not None:
+                c.tie(np.tile(units, times), labels, why)
+            elif (value is not w or axis != 2) and (value is not r or axis == 0 or units is None):
+                c.freeze(labels, why)
+    for output in outputs:
+        c.set(output, [*[None] * (len(c.shape(output)) - 1), units])
+    if units is not None:
+        c.sites.append(Site(node, 0, 3, units, 2, 2, rank=4, source=node.outputs[0]))
+        c.edit(functools.partial(_hidden_size, node, units))
+
+
+def _hidden_size(node: ir.Node, units: Labels, kept: Callable[[Labels], np.ndarray]) -> None:
+    set_attribute(node, "hidden_size", int(kept(units).sum()))
 
 
 @rule("Shape Size")
@@ -394,7 +418,7 @@ def triangle(c: Coupling, node: ir.Node) -> None:
     c.set(node.outputs[0], passed(c, node, blocked, "works along this axis"))
 
 
-@rule("ConstantOfShape Range RandomNormal RandomUniform EyeLike NonZero RandomNormalLike RandomUniformLike")
+@rule("Range RandomNormal RandomUniform EyeLike NonZero RandomNormalLike RandomUniformLike")
 def generator(c: Coupling, node: ir.Node) -> None:
     for value in node.inputs:
         c.freeze_value(value, reason(node, "its values decide a shape"))

@@ -336,6 +336,17 @@ def _slice(c: Coupling, node: ir.Node, axis: int, labels: Labels, kept: Callable
             node.replace_input_with(index, add_constant(c.model.graph, f"{name}_bounds", array))
 
 
+@rule("ConstantOfShape")
+def constant_of_shape(c: Coupling, node: ir.Node) -> None:
+    """Every slice is the same: any can leave of an axis whose size is a constant."""
+    output = node.outputs[0]
+    axes: Axes = [c.ids.new(n) if n > 1 else None for n in c.shape(output)]
+    c.set(output, axes)
+    if is_constant(data(node)):
+        c.labels[data(node)] = [None]
+    _sizes_argument(c, node, 0, dict(enumerate(axes)))
+
+
 @rule("Resize Upsample")
 def resize(c: Coupling, node: ir.Node) -> None:
     """Axes that are interpolated stay, all spatial ones among them; the others pass."""

@@ -429,3 +429,34 @@ def sizes_joined(b: Builder) -> str:
 def tiled(b: Builder) -> str:
     x = b.op("Tile", b.conv(image(b), 3, 4), b.ints(1, 2, 1, 1))
     return b.conv(x, 8, 2)
+
+
+@case(8, 5)
+def hidden_units(b: Builder) -> str:
+    x = b.op("Transpose", b.dense(tokens(b), 6, 8), perm=[1, 0, 2])
+    y = b.op("LSTM", x, b.w(1, 20, 8), b.w(1, 20, 5), b.w(1, 40), hidden_size=5)
+    return b.dense(b.op("Squeeze", y, b.ints(1)), 5, 3)
+
+
+@case(5)
+def hidden_units_of_two_directions(b: Builder) -> str:
+    """One unit leaves both directions; the output joins them, and the last state is read too."""
+    x = b.op("Transpose", tokens(b), perm=[1, 0, 2])
+    weights = b.w(2, 15, 6), b.w(2, 15, 5), b.w(2, 30)
+    y, last = b.ops("GRU", 2, x, *weights, direction="bidirectional", linear_before_reset=1, hidden_size=5)
+    joined = b.op("Reshape", b.op("Transpose", y, perm=[0, 2, 1, 3]), b.ints(0, 0, 10))
+    first = b.dense(b.op("Transpose", joined, perm=[1, 0, 2]), 10, 3)
+    return b.op(
+        "Add", first, b.op("Unsqueeze", b.dense(b.op("ReduceSum", last, b.ints(0), keepdims=0), 5, 3), b.ints(1))
+    )
+
+
+@case(4)
+def hidden_units_with_a_state_of_zeros(b: Builder) -> str:
+    """The initial state as exporters write it: zeros of a shape that is joined from the batch and a constant."""
+    x = tokens(b)
+    batch = b.op("Gather", b.op("Shape", x), b.ints(0))
+    state = b.op("ConstantOfShape", b.op("Concat", b.ints(1), batch, b.ints(4), axis=0))
+    x = b.op("Transpose", x, perm=[1, 0, 2])
+    y = b.op("RNN", x, b.w(1, 4, 6), b.w(1, 4, 4), b.w(1, 8), "", state, hidden_size=4)
+    return b.dense(b.op("Squeeze", y, b.ints(1)), 4, 3)

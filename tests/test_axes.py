@@ -43,13 +43,15 @@ def chain(shape: list[int | str], moves: list[list[int] | tuple[int, ...]]) -> o
 
 
 def merged(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """``proto`` with its chain merged, nothing else done."""
+    """``proto`` with its chain merged until no more can be, nothing else done."""
     model = model_io.load(proto)
-    shapes = Shapes(model)
-    for node in list(model.graph):
-        shapes.visit(node)
-        merge_movements(node, shapes, model.graph)
-    remove_dead(model.graph)
+    changed = True
+    while changed:  # in sweeps, like the pass
+        shapes, changed = Shapes(model), False
+        for node in list(model.graph):
+            shapes.visit(node)
+            changed = merge_movements(node, shapes, model.graph) or changed
+        remove_dead(model.graph)
     return model_io.to_proto(model)
 
 

@@ -183,7 +183,7 @@ def test_the_output_must_be_another_file_in_a_folder(
     for out in (str(tiny), "tiny.onnx", "./folder/../tiny.onnx", "link.onnx"):
         assert "is the input, which is never touched" in _fails(capsys, tmp_path, str(tiny), out)
     assert "is the input" in _fails(capsys, tmp_path, str(tiny), "out.onnx", "--json", str(tiny))
-    assert "both the model and the report" in _fails(capsys, tmp_path, str(tiny), "o.onnx", "--json", "o.onnx")
+    assert "need a file of their own" in _fails(capsys, tmp_path, str(tiny), "o.onnx", "--json", "o.onnx")
     assert "is a folder" in _fails(capsys, tmp_path, str(tiny), "folder")
     assert "does not exist" in _fails(capsys, tmp_path, str(tiny), "nowhere/out.onnx")
     assert "Missing argument" in _fails(capsys, tmp_path, str(tiny))
@@ -203,7 +203,7 @@ def test_other_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "other.onnx"
     onnx.save(helper.make_model(other, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     assert "has the inputs ['z']" in _fails(capsys, tmp_path, "compare", str(tiny), str(path))
-    assert "has the inputs ['z']" in _fails(capsys, tmp_path, "bench", str(tiny), str(path))
+    assert "has the input 'z'" in _fails(capsys, tmp_path, "bench", str(tiny), str(path))
 
 
 def test_models_that_the_runtime_refuses_are_bad_input_once_data_is_given(

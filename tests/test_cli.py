@@ -143,6 +143,18 @@ def test_inspect(run: Run, tiny: Path) -> None:
     assert "gemm" in run("inspect", tiny, "--nodes")
 
 
+def test_inspect_as_csv_and_markdown(run: Run, tiny: Path) -> None:
+    lines = run("inspect", tiny, "--nodes", "--csv").splitlines()
+    assert lines[0] == "node,operator,output,parameters,MACs,share,bytes"
+    assert [line.split(",")[0] for line in lines[1:3]] == ["conv", "gemm"], "the dearest first"
+    assert run("inspect", tiny, "--markdown").count("\n| Conv | 1 |") == 1
+    assert "### groups" in run("inspect", tiny, "--prunable", "--markdown")
+    facts = json.loads(run("inspect", tiny, "--json"))
+    # Conv: input and output at once, (2 + 4) x 8 x 8 floats; then Relu: two of its outputs.
+    assert facts["activation_bytes"] == 2 * 4 * 8 * 8 * 4
+    assert facts["types"] == {"float": {"tensors": 4, "elements": 91, "bytes": 364}}
+
+
 def test_inspect_counts_integer_kernels(run: Run, tiny: Path) -> None:
     facts = json.loads(run("inspect", tiny, "--json", "--ep", "cpu"))["integer"]
     assert (facts["layers"], facts["integer_layers"]) == (2, 0)

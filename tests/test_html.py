@@ -22,6 +22,10 @@ from browser import CHROMIUM, Browser
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
 
+# Wider than a phone, as names of layers are.
+LONG = "/encoder/stages.2/blocks.17/attention/self/query_key_value_projection/MatMul"
+
+
 def report(*, layers: int = 12, **changes: Any) -> Report:
     """A report with something in every section."""
     figures = {"nodes": 10, "parameters": 1000, "macs": 5000, "bytes": 4000}
@@ -46,8 +50,8 @@ def report(*, layers: int = 12, **changes: Any) -> Report:
             for k in range(layers)
         ],
         "histograms": [
-            {"layer": "/block.0/Conv", "kind": "weights", "before": histogram, "after": histogram},
-            {"layer": "/block.0/Conv", "kind": "outputs", "before": histogram, "after": None},
+            {"layer": LONG, "kind": "weights", "before": histogram, "after": histogram},
+            {"layer": LONG, "kind": "outputs", "before": histogram, "after": None},
         ],
         "models": [{"name": n, "ms": m, "quality": q} for n, m, q in (("original", 4.0, 0.9), ("int8", 2.0, 0.89))],
         "quality": "top1",

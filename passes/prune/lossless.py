@@ -94,7 +94,7 @@ def _columns(coupled: Coupling, family: Family, site: Site, count: int) -> list[
 
 
 def _facts(site: Site, known: Mapping[ir.Value, Facts]) -> Facts | None:
-    value = site.node.inputs[site.data]
+    value = site.operand
     found = known.get(value) if value is not None else None
     return found if found is not None and found.axis == site.axis - site.rank else None
 

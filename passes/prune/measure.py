@@ -191,7 +191,7 @@ def compensate(model: ir.Model, factor: Factor, removed: np.ndarray, *, every: b
 
 def _operands(site: Site) -> list[tuple[str, int, int]]:
     """The values whose channels a contraction multiplies: (name, axis, rank), one or two of them."""
-    value = site.node.inputs[site.data]
+    value = site.operand
     assert value is not None
     found = [(value.name or "", site.axis, site.rank)]
     if site.weight < 0 and site.node.op_type in ("MatMul", "Gemm"):
