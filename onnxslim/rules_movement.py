@@ -184,7 +184,8 @@ def _rewrite(c: Coupling, node: ir.Node, axes: dict[Axis, Labels | None]) -> Non
     elif node.op_type == "Slice":
         for axis in range(len(axes)):
             labels = axes[Axis(0, axis)]
-            if labels is not None and is_constant(optional(node, 1)):
+            # Where a bound is computed at run time, the axes that it cuts are whole.
+            if labels is not None and all(is_constant(optional(node, k)) for k in (1, 2)):
                 c.edit(functools.partial(_slice, c, node, axis, labels))
 
 

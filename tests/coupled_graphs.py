@@ -460,3 +460,11 @@ def hidden_units_with_a_state_of_zeros(b: Builder) -> str:
     x = b.op("Transpose", x, perm=[1, 0, 2])
     y = b.op("RNN", x, b.w(1, 4, 6), b.w(1, 4, 4), b.w(1, 8), "", state, hidden_size=4)
     return b.dense(b.op("Squeeze", y, b.ints(1)), 4, 3)
+
+
+@case(8)
+def cut_at_a_place_known_at_run_time(b: Builder) -> str:
+    """The end of the slice is read from another input; the channels, on another axis, may leave."""
+    x = b.dense(tokens(b), 6, 8)
+    end = b.op("Gather", b.op("Shape", x), b.ints(1))
+    return b.dense(b.op("Slice", x, b.ints(0), end, b.ints(1)), 8, 3)

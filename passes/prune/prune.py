@@ -281,10 +281,13 @@ class Prune(Pass):
         for site, factor in measured.items():
             if factor.layer is not None and (removed := gone(site.labels)).any():
                 measure.compensate(closed, factor, removed, every=True)
-        moved = _moved(model, coupled, layers, gone)
-        refitted = closed.clone()
-        count = refit(model, refitted, moved, lambda item: gone(item.site.labels), fit, held_out, ctx)
-        for trial, layers_changed, name in ((closed, len(measured), "closed"), (refitted, count, "refitted")):
+        trials = [(closed, len(measured), "closed")]
+        if len(ctx.calibration) > 1:  # with a single sample nothing could tell a good refit from a bad one
+            moved = _moved(model, coupled, layers, gone)
+            refitted = closed.clone()
+            count = refit(model, refitted, moved, lambda item: gone(item.site.labels), fit, held_out, ctx)
+            trials.append((refitted, count, "refitted"))
+        for trial, layers_changed, name in trials:
             after = _error(model, trial, held_out, ctx)
             outcome.stats[f"error_{name}"] = after
             if after < error:
@@ -322,10 +325,9 @@ def _copy_weights(source: ir.Model, coupled: Coupling) -> None:
     nodes = {node.outputs[0].name: node for node in target.graph}
     for node in source.graph:
         own_node = nodes.get(node.outputs[0].name)
-        if own_node is None or node.op_type not in ("Conv", "Gemm") or len(own_node.inputs) >= len(node.inputs):
+        bias = node.inputs[2] if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2 else None
+        if own_node is None or bias is None or (len(own_node.inputs) > 2 and own_node.inputs[2] is not None):
             continue
-        bias = node.inputs[2]
-        assert bias is not None
         own_node.resize_inputs(3)
         value = ir.Value(name=bias.name, const_value=bias.const_value, shape=bias.shape, type=bias.type)
         target.graph.register_initializer(value)

@@ -30,6 +30,7 @@ from onnxslim.passes.prune.layers import Layer
 MEMORY = 1_000_000_000  # bytes of second moments, and as many of targets, held at a time
 PASSES = 48  # forward passes over the data, at most: layers are refitted in this many turns
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # λ relative to the mean variance; which one, held-out samples decide
+STILL = 1e-3  # share of the mean square below which a variance is not told from noise
 ROWS = 8  # observations per column, and at least 8192
 
 
@@ -155,7 +156,9 @@ def _solve(original: ir.Model, pruned: ir.Model, layer: Layer, moments: Sequence
     old = np.eye(layer.channels) if layer.shared else layer.matrix(pruned)
     old = np.where(keep, old, 0.0)
     kept = fit.zz[np.ix_(keep, keep)]
-    scale = max(float(np.mean(np.diag(kept))), 1e-12)
+    # An input that hardly varies about its mean says nothing about slopes, however exactly it can be fitted.
+    second = np.diag(kept) + fit.z[keep] ** 2
+    scale = max(float(np.mean(np.diag(kept))), STILL * float(np.mean(second)), 1e-12)
     values, vectors = np.linalg.eigh(kept)
     best, chosen = judge.loss(old), np.inf
     for ridge in RIDGES:
