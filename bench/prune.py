@@ -134,9 +134,9 @@ def run_case(name: str, text: str, bar: float | None, options: argparse.Namespac
 
 def run_file(entry: corpus.Entry, ratio: float, threads: int) -> tuple[float, bool]:
     """Print one row; the share of the parameters that left, and whether all is well."""
-    name = entry.folder.name
+    name = entry.name
     try:
-        model, context = prepared(entry.folder / "model.onnx", str(entry.folder / "inputs.npz"), threads)
+        model, context = prepared(entry.path, [entry.inputs()], threads)
         original, before = model.clone(), cost.parameters(model)
         outcome = prune(model, f"prune(ratio={ratio})", context)
         lost = 1 - cost.parameters(model) / max(before, 1)
@@ -160,7 +160,7 @@ def shapes(model: ir.Model, feed: Mapping[str, np.ndarray], threads: int) -> dic
 
 def run_corpus(options: argparse.Namespace) -> bool:
     """Print the table of the corpus; True when every file is well."""
-    wanted = [e for e in corpus.built() if not options.names or e.folder.name in options.names]
+    wanted = [e for e in corpus.built() if not options.names or e.name in options.names]
     results = [run_file(entry, options.ratio, options.threads) for entry in wanted]
     many = sum(lost >= ENOUGH for lost, _ in results)
     print(f"{many} of {len(results)} files lose {ENOUGH:.0%} or more; {sum(not ok for _, ok in results)} are not well")

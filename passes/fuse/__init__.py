@@ -23,6 +23,8 @@ from onnxslim.passes.simplify import Simplify
 from onnxslim.sharing import deduplicate_initializers
 
 RULES: Sequence[Callable[[Work], None]] = (fuse_norms, fuse_functions)
+# Operators that ONNX Runtime's CPU provider runs slower from this version of the operator set on (by half and more).
+SLOWER = (("AveragePool", 19),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Fuse(Pass):
 
     Options:
         opset: the model may be raised up to this version of the operator set when that lets an operator be used
-            (HardSwish 14, LayerNormalization 17, Mish 18, Gelu 20); 0 leaves its version alone.
+            (HardSwish 14, LayerNormalization 17, Mish 18, Gelu 20), and no further than its operators are as fast
+            there; 0 leaves its version alone.
     """
 
     name: ClassVar[str] = "fuse"
@@ -66,7 +69,7 @@ class Fuse(Pass):
         # Shape arithmetic that has become constant since the model was read tells ranks that were unknown then.
         draft = model.clone()
         model_io.infer_shapes(draft)
-        reach = max(version, self.opset)
+        reach = max(version, self._reach(draft))
         if reach > version:
             # What could be done with newer operators says which version it takes.
             trial = draft.clone()
@@ -84,6 +87,12 @@ class Fuse(Pass):
             model.graph = draft.graph
             model.ir_version = draft.ir_version
         return Outcome(dict(sorted(work.done.items())), skipped)
+
+    def _reach(self, model: ir.Model) -> int:
+        """The version of the operator set up to which ``model`` may be raised."""
+        used = {node.op_type for node in model.graph.all_nodes()}
+        slower = [since - 1 for op_type, since in SLOWER if op_type in used and g.opset(model) < since]
+        return min([self.opset, *slower])
 
 
 def _fuse(model: ir.Model, newest: int, ctx: Context | None) -> Work:

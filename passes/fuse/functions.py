@@ -75,12 +75,18 @@ def _fuse_at(work: Work, root: ir.Node, order: dict[ir.Node, float]) -> None:
     if best is None:
         return
     cone, found = best
-    nodes = 1 if found.factor == 1.0 else 2
-    if nodes < len(cone.nodes) or (nodes == len(cone.nodes) and extremum):
-        work.require(found.known.since)
+    spelled = found.known.since > work.newest
+    nodes = 1 + spelled + (found.factor != 1.0)
+    if spelled:
+        # The factor may still find its way into weights. What is spelled like this already stays.
+        pays = nodes <= len(cone.nodes) and not all(g.is_op(node, "HardSigmoid", "Mul") for node in cone.nodes)
+    else:
+        pays = nodes < len(cone.nodes) or (nodes == len(cone.nodes) and extremum)
+    if pays:
+        work.require(0 if spelled else found.known.since)
         *before, last = _rewrite(work, root, cone.leaf, found)
         order[last] = order[root]
-        order.update(dict.fromkeys(before, order[root] - 0.5))
+        order.update({node: order[root] - 0.5 + 0.1 * k for k, node in enumerate(before)})
 
 
 def _rewrite(work: Work, root: ir.Node, leaf: ir.Value, found: Found) -> list[ir.Node]:
@@ -90,10 +96,15 @@ def _rewrite(work: Work, root: ir.Node, leaf: ir.Value, found: Found) -> list[ir
     attributes = dict(found.parameters)
     if found.known.op_type == "Clip":
         inputs += [work.constant(np.array(attributes.pop(name), dtype.numpy())) for name in ("low", "high")]
-    nodes = [work.insert(found.known.op_type, inputs, root, attributes)]
+    if found.known.since > work.newest:
+        # Before there was HardSwish, x HardSigmoid(x / 6 + 1 / 2), which runtimes fuse with a convolution all the same.
+        gate = work.insert("HardSigmoid", inputs, root, {"alpha": 1 / 6, "beta": 0.5})
+        nodes = [gate, work.insert("Mul", [leaf, gate.outputs[0]], root)]
+    else:
+        nodes = [work.insert(found.known.op_type, inputs, root, attributes)]
     if found.factor != 1.0:
         factor = work.constant(np.array(found.factor, dtype.numpy()))
-        nodes.append(work.insert("Mul", [nodes[0].outputs[0], factor], root))
+        nodes.append(work.insert("Mul", [nodes[-1].outputs[0], factor], root))
         work.scaled = True
     work.replace(root, nodes[-1])
     work.done[found.known.op_type] += 1
@@ -105,7 +116,9 @@ def _recognize(work: Work, cone: Cone, dtype: ir.DataType) -> Found | None:
         return None
     steps = _steps(cone)
     found = identify(steps, dtype) if steps is not None else None
-    return found if found is not None and found.known.since <= work.newest else None
+    if found is None or (found.known.since > work.newest and found.known.op_type != "HardSwish"):
+        return None
+    return found
 
 
 @functools.lru_cache(maxsize=1024)

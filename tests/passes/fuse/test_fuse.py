@@ -66,6 +66,23 @@ def test_a_model_that_cannot_be_raised_uses_what_it_has() -> None:
     assert_same(model, result, {"x": X}, 1e-5)
 
 
+@pytest.mark.parametrize(("opset", "after"), [(12, 12), (18, 18), (19, 20)])
+def test_a_pool_is_not_raised_to_a_slower_version(opset: int, after: int) -> None:
+    weights = {"root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
+    nodes = [
+        node("AveragePool", "x", "p", kernel_shape=[2, 2]),
+        node("Div", "p root", "a"),
+        node("Erf", "a", "b"),
+        node("Add", "b one", "c"),
+        node("Mul", "p c", "d"),
+        node("Mul", "d half"),
+    ]
+    model = net(nodes, {"x": X.shape}, weights, {"y": (2, 3, 5, 5)}, opset=opset)
+    result, _ = apply(model, "fuse")
+    assert result.opset_import[0].version == after
+    assert ("Gelu" in operators(result)) == (after == 20)
+
+
 def test_options() -> None:
     assert str(parse("fuse(opset=0)")[0]) == "fuse(opset=0)"
     assert [item.name for item in complete(parse("fuse"))] == ["simplify", "fold", "fuse"]
