@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from onnxslim import data, integer, runtime
+from onnxslim import data, integer, runtime, timing
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Outcome
 from onnxslim.errors import UsageError
@@ -121,9 +121,9 @@ def test_layers_that_are_slower_stay_and_are_named(monkeypatch: pytest.MonkeyPat
         quantized = any(n.op_type == "MatMulInteger" for n in model.graph)
         return {"query": 2.0 if quantized else 1.0, "key": 1.0 if quantized else 2.0, "head": 1.0}
 
-    def latency(runners: list[runtime.Runner], *_: object, **__: object) -> runtime.Comparison:
+    def latency(runners: list[runtime.Runner], *_: object, **__: object) -> timing.Comparison:
         times = [10.0, 9.0, 5.0][: len(runners)]
-        return runtime.Comparison([runtime.Latency(t, t, t, 5) for t in times], [], [])
+        return timing.Comparison([timing.Latency(t, t, t, 5) for t in times], [], [])
 
     monkeypatch.setattr(runtime, "profile", profile)
     monkeypatch.setattr(runtime, "compare_latency", latency)
@@ -136,8 +136,8 @@ def test_layers_that_are_slower_stay_and_are_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_is_kept_that_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    same = runtime.Latency(1.0, 1.0, 1.0, 5)
-    monkeypatch.setattr(runtime, "compare_latency", lambda r, *_, **__: runtime.Comparison([same] * len(r), [], []))
+    same = timing.Latency(1.0, 1.0, 1.0, 5)
+    monkeypatch.setattr(runtime, "compare_latency", lambda r, *_, **__: timing.Comparison([same] * len(r), [], []))
     model = products()
     small, outcome = apply(model, DynamicInt8())
     assert outcome.stats["int8_layers"] == 0
