@@ -58,16 +58,16 @@ class Runner:
 
 
 def options(*, threads: int = 0, optimize: bool = True, optimized_path: str | None = None) -> ort.SessionOptions:
-    """Session options: quiet, ``threads`` intra-operator threads (0: the runtime's choice) that do not spin when idle.
+    """Session options: quiet, ``threads`` intra-operator threads (0: the runtime's choice) that rest between passes.
 
-    Threads that spin would take the cores from the next session, from the arithmetic between two passes, and from
-    every other process; latencies measured in turn are then mostly noise.
+    By default they go on spinning after a pass, and take the cores from the next session and from the arithmetic
+    between two passes. Within a pass they spin as they do for every user.
     """
     chosen = ort.SessionOptions()
     chosen.log_severity_level = 4
     chosen.intra_op_num_threads = threads
     chosen.inter_op_num_threads = 1
-    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    chosen.add_session_config_entry("session.force_spinning_stop", "1")
     level = ort.GraphOptimizationLevel
     chosen.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if optimized_path is not None:

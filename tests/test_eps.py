@@ -28,7 +28,7 @@ def test_names_options_and_interpreters() -> None:
 
 def test_idle_threads_do_not_spin_unless_asked() -> None:
     (quiet,), (spinning,) = eps.parse("cpu"), eps.parse("cpu(spin=true)")
-    assert quiet.request()["config"]["session.intra_op.allow_spinning"] == "0"
+    assert quiet.request()["config"]["session.force_spinning_stop"] == "1"
     assert not spinning.request()["config"]
 
 
