@@ -6,7 +6,7 @@ interpreter has the provider, ``@/path/to/python`` behind it:
     cpu,openvino@/path/to/python,cuda(graph=true)
 
 ============ ===================================================================================================
-``cpu``      ``affinity=[0, 1]`` cores; ``spin=true`` idle threads spin, as ONNX Runtime's own default has it
+``cpu``      ``affinity=[0, 1]`` cores; ``spin=true`` threads spin after a pass too, as ONNX Runtime's default has it
 ``cuda``     ``device=0``; ``graph=true`` capture and replay; ``copy=true`` count the copies to and from the device
 ``openvino`` ``device=CPU`` (GPU, NPU); ``precision=FP32`` (FP16, ACCURACY); ``cache=FOLDER``; ``streams=1``
 ``plugin``   ``package=MODULE`` or ``library="FILE"`` to register; ``name=PROVIDER``; ``hardware=CPU`` (GPU, NPU)
