@@ -11,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -58,7 +59,9 @@ def _commands() -> list[str]:
 def test_commands_are_understood(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     name = words[0] if words[0] in cli.cli.commands else cli.DEFAULT
-    cli.cli.commands[name].make_context(name, words[1:] if name == words[0] else words)
+    # Commands keep the help option of their first context: it must be that of the command line.
+    above = click.Context(cli.cli, **cli.cli.context_settings)
+    cli.cli.commands[name].make_context(name, words[1:] if name == words[0] else words, parent=above)
 
 
 def test_every_example_is_named_in_the_docs() -> None:
