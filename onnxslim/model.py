@@ -267,6 +267,26 @@ def by_reference(model: ir.Model) -> tuple[bytes, Path] | None:
     return _lean(ir.to_proto(clone)).SerializeToString(deterministic=True), folders.pop()
 
 
+def file_by_reference(path: str | os.PathLike[str]) -> tuple[bytes, Path] | None:
+    """The message in the file ``path``, its large weights as references to where they lie in it, and its folder.
+
+    None where there are none, or where the message refers to other files already.
+    """
+    file = Path(path).resolve()
+    content, spans = wire.outline_file(file)
+    if not spans:
+        return None
+    proto = _parse(content, str(path))
+    if any(map(protos.is_external, protos.tensors(proto))):
+        return None
+    for k, span in spans.items():
+        tensor = proto.graph.initializer[k]
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", file.name), ("offset", span.start), ("length", span.end - span.start)):
+            tensor.external_data.add(key=key, value=str(value))
+    return proto.SerializeToString(), file.parent
+
+
 def forget_weights(model: ir.Model) -> None:
     """Give back the memory of weights that lie in files; they are read again when they are needed."""
     for value in model.graph.initializers.values():

@@ -20,11 +20,11 @@ def check(proto: onnx.ModelProto, where: str, apart: Container[str] = ()) -> Non
     Raises:
         ModelError: with the first line of what the checker of onnx says.
     """
-    if apart or any(map(_is_external, tensors(proto))):
+    if apart or any(map(is_external, tensors(proto))):
         copy = onnx.ModelProto()
         copy.CopyFrom(proto)
         proto = copy
-        external = [t for t in tensors(proto) if _is_external(t)]
+        external = [t for t in tensors(proto) if is_external(t)]
         for tensor in (*external, *(t for t in proto.graph.initializer if t.name in apart)):
             # What is not there cannot be checked: without elements, a tensor needs no data.
             tensor.ClearField("data_location")
@@ -47,7 +47,8 @@ def check(proto: onnx.ModelProto, where: str, apart: Container[str] = ()) -> Non
             kind.ClearField("shape")
 
 
-def _is_external(tensor: onnx.TensorProto) -> bool:
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """True for a tensor whose data is in a file of its own."""
     return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
@@ -89,7 +90,7 @@ def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 def check_external(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
     sizes: dict[str, int] = {}
     for tensor in tensors(proto):
-        if not _is_external(tensor):
+        if not is_external(tensor):
             continue
         info = {entry.key: entry.value for entry in tensor.external_data}
         location = info.get("location", "")

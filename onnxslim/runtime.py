@@ -122,16 +122,24 @@ class _Content:
 
 
 def _content(
-    source: ir.Model | bytes | str | os.PathLike[str], stack: contextlib.ExitStack, *, whole: bool = False
+    source: ir.Model | bytes | str | os.PathLike[str],
+    stack: contextlib.ExitStack,
+    *,
+    whole: bool = False,
+    by_reference: bool = False,
 ) -> _Content:
-    """``source`` ready to be loaded; weights that lie in files are left there, unless it must be ``whole``."""
+    """``source`` ready to be loaded; weights of a model that lie in files are left there, unless it must be ``whole``.
+
+    A file is read by ONNX Runtime itself, weights and all, unless those are wanted ``by_reference`` too.
+    """
     if isinstance(source, bytes):
         return _Content(source, "the given bytes")
     if not isinstance(source, ir.Model):
         path = os.fspath(source)
         if not Path(path).is_file():
             raise ModelError(f"{path}: no such file")
-        return _Content(path, path)
+        referring = model_io.file_by_reference(path) if by_reference else None
+        return _Content(path, path) if referring is None else _Content(referring[0], path, folder=referring[1])
     name = source.graph.name or "the model"
     referring = None if whole else model_io.by_reference(source)
     if referring is not None:
@@ -247,7 +255,7 @@ def compare_models(
         def maker(content: _Content) -> Callable[[], Callable[[int], Any]]:
             return lambda: _call(_open(content, ep, options(threads=threads)), feeds)
 
-        makers = [maker(_content(source, stack)) for source in sources]
+        makers = [maker(_content(source, stack, by_reference=True)) for source in sources]
         single = [threads == 1 and ep == "cpu"] * len(makers)
         start = time.perf_counter()
         blocks = [worker.block(makers, 0.0, rng, single=single)["rounds"]]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import onnxslim
 from onnxslim import model as model_io
-from onnxslim import wire
+from onnxslim import runtime, wire
 from onnxslim.errors import ModelError
 
 TYPES = [np.float32, np.float64, np.float16, np.int64, np.int8, np.uint8, np.bool_]
@@ -146,3 +146,18 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     assert [t.raw is None for t in tensors] == [False, True]
     model_io.forget_weights(model)
     assert all(t.raw is None for t in tensors)
+
+
+def test_a_file_is_run_by_reference_to_its_own_weights(tmp_path: Path) -> None:
+    weights = [np.arange(2000, dtype=np.float32), np.arange(5, dtype=np.int64)]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(add(weights).SerializeToString())
+    referring = model_io.file_by_reference(path)
+    assert referring is not None and len(referring[0]) < 2000
+    chosen = runtime.options(threads=1)
+    chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", str(referring[1]))
+    got = runtime.load(referring[0], chosen=chosen)({})
+    for k, array in enumerate(weights):
+        np.testing.assert_array_equal(got[f"yw{k}"], array)
+    path.write_bytes(add(weights[1:]).SerializeToString())
+    assert model_io.file_by_reference(path) is None
