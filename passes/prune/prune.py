@@ -83,7 +83,7 @@ class Prune(Pass):
     params: float | None = None
     macs: float | None = None
     latency: float | None = None
-    tolerance: float = 1e-2
+    tolerance: float = 5e-3
     protect: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     importance: Literal["obs", "variance", "magnitude", "median"] = "obs"
