@@ -277,8 +277,7 @@ def speeds(files: list[Path], sample: Sample, seconds: float) -> list[float]:
     """Speed of each file over the first, measured in turn."""
     from onnxslim import runtime
 
-    runners = [runtime.load(file, threads=1) for file in files]
-    return runtime.compare_latency(runners, [[sample]] * len(files), seconds=seconds * len(files)).speedup
+    return runtime.compare_models(files, [sample], threads=1, seconds=seconds * len(files)).speedup
 
 
 def measure(entry: corpus.Entry, options: argparse.Namespace) -> Row:

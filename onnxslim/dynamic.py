@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim.quantization import quantize, weight_params
+from onnxslim.quantization import QParams, quantize, weight_params
 
 MICROSOFT = "com.microsoft"
 
@@ -41,27 +41,30 @@ def unsuitable(node: ir.Node) -> str | None:
     return None
 
 
-def insert(model: ir.Model, names: Collection[str]) -> None:
-    """Quantize the products called ``names`` in place; opset 11 or newer, nodes with names of their own."""
+def insert(model: ir.Model, names: Collection[str], *, bits: int = 8) -> None:
+    """Quantize the products called ``names`` in place; opset 11 or newer, nodes with names of their own.
+
+    ``bits`` of the weights: 8, or 7 where pairs of products must not saturate 16 bits (CPUs without VNNI).
+    """
     inputs: dict[ir.Value, ir.Node] = {}
     for node in list(model.graph.all_nodes()):
         if node.name in names:
             if g.is_op(node, "LSTM"):
-                _lstm(model, node)
+                _lstm(model, node, bits)
             else:
-                _product(model, node, inputs)
+                _product(model, node, inputs, bits)
     g.remove_dead(model.graph)
 
 
-def _product(model: ir.Model, node: ir.Node, inputs: dict[ir.Value, ir.Node]) -> None:
+def _product(model: ir.Model, node: ir.Node, inputs: dict[ir.Value, ir.Node], bits: int) -> None:
     graph, source, weight = model.graph, node.inputs[0], node.inputs[1]
     array = g.constant(weight)
     assert source is not None and weight is not None and array is not None
     if g.attribute(node, "transB", 0):
         array = array.T
-    params = weight_params(array, 1)
+    integers, params = _stored(array, bits)
     name = weight.name or ""
-    stored = g.add_constant(graph, f"{name}_quantized", np.ascontiguousarray(quantize(array, params)))
+    stored = g.add_constant(graph, f"{name}_quantized", np.ascontiguousarray(integers))
     scale = g.add_constant(graph, f"{name}_scale", params.scale)
     zero = g.add_constant(graph, f"{name}_zero_point", params.zero_point)
     # The same input is quantized once, where it is known before any of its readers: in the graph that holds it.
@@ -74,8 +77,8 @@ def _product(model: ir.Model, node: ir.Node, inputs: dict[ir.Value, ir.Node]) ->
             value.type = ir.TensorType(kind)
         inputs[source] = quantized
     name, node.name = node.name or "", g.fresh_name(graph, f"{node.name}_float")
-    integers = [quantized.outputs[0], stored, quantized.outputs[2], zero]
-    product = g.add_node(graph, "MatMulInteger", integers, before=node, hint=name)
+    operands = [quantized.outputs[0], stored, quantized.outputs[2], zero]
+    product = g.add_node(graph, "MatMulInteger", operands, before=node, hint=name)
     product.name = name
     product.outputs[0].type, product.outputs[0].shape = ir.TensorType(ir.DataType.INT32), node.outputs[0].shape
     real = g.add_node(
@@ -91,7 +94,7 @@ def _product(model: ir.Model, node: ir.Node, inputs: dict[ir.Value, ir.Node]) ->
     _take_over(node, end)
 
 
-def _lstm(model: ir.Model, node: ir.Node) -> None:
+def _lstm(model: ir.Model, node: ir.Node, bits: int) -> None:
     graph = model.graph
     extra: list[ir.Value] = []
     stored: list[ir.Value] = []
@@ -99,9 +102,8 @@ def _lstm(model: ir.Model, node: ir.Node) -> None:
         array = g.constant(value)
         assert value is not None and array is not None
         turned = array.transpose(0, 2, 1)  # (directions, inputs, 4 * hidden)
-        params = [weight_params(matrix, 1) for matrix in turned]
-        integers = np.stack([quantize(matrix, p) for matrix, p in zip(turned, params, strict=True)])
-        stored.append(g.add_constant(graph, f"{value.name}_quantized", integers))
+        integers, params = zip(*(_stored(matrix, bits) for matrix in turned), strict=True)
+        stored.append(g.add_constant(graph, f"{value.name}_quantized", np.stack(integers)))
         scales, zeros = (np.stack([getattr(p, kind) for p in params]) for kind in ("scale", "zero_point"))
         extra.append(g.add_constant(graph, f"{value.name}_scale", scales))
         extra.append(g.add_constant(graph, f"{value.name}_zero_point", zeros))
@@ -114,6 +116,12 @@ def _lstm(model: ir.Model, node: ir.Node) -> None:
     lstm.name = name
     lstm.attributes.update({k: a for k, a in node.attributes.items() if k not in ("layout",)})
     _take_over(node, lstm)
+
+
+def _stored(matrix: np.ndarray, bits: int) -> tuple[np.ndarray, QParams]:
+    """``matrix`` in ``bits``, with one scale per column."""
+    params, limit = weight_params(matrix, 1, bits=bits), 2 ** (bits - 1) - 1
+    return np.clip(quantize(matrix, params), -limit, limit), params
 
 
 def _take_over(node: ir.Node, other: ir.Node) -> None:

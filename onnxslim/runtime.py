@@ -25,6 +25,7 @@ from onnxslim.errors import ModelError, UsageError
 # Above this many bytes of weights a session reads them from disk, so that no serialized copy sits in memory.
 IN_MEMORY = 256_000_000
 _FEWEST_BLOCKS, _MOST_BLOCKS = 4, 12
+_FEWEST_ROUNDS = 3
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -247,7 +248,7 @@ def compare_models(
 ) -> timing.Comparison:
     """Measure models in turn on the same samples, in blocks of new sessions (see `onnxslim.timing`).
 
-    ``seconds`` count the making of the sessions too; but there are at least four blocks, of eight rounds each.
+    ``seconds`` count the making of the sessions too; but there are at least four blocks, of three rounds each.
     """
     rng = random.Random(seed)
     with contextlib.ExitStack() as stack:
@@ -257,12 +258,16 @@ def compare_models(
 
         makers = [maker(_content(source, stack, by_reference=True)) for source in sources]
         single = [threads == 1 and ep == "cpu"] * len(makers)
+
+        def measured(least_seconds: float) -> list[list[float]]:
+            return worker.block(makers, least_seconds, rng, single=single, least=_FEWEST_ROUNDS)["rounds"]
+
         start = time.perf_counter()
-        blocks = [worker.block(makers, 0.0, rng, single=single)["rounds"]]
+        blocks = [measured(0.0)]
         cost = time.perf_counter() - start
         count = min(max(int(seconds / cost), _FEWEST_BLOCKS), _MOST_BLOCKS)
         rest = max(seconds / count - cost, 0.0)
-        blocks += [worker.block(makers, rest, rng, single=single)["rounds"] for _ in range(count - 1)]
+        blocks += [measured(rest) for _ in range(count - 1)]
     return timing.compare([np.array(b) for b in blocks], seed=seed)
 
 

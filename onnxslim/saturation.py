@@ -7,11 +7,13 @@ weight of a Gemm or MatMul. Depthwise convolutions have kernels of their own, wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim import runtime
 from onnxslim.calibration import Statistic, collect
 from onnxslim.contract import Context
 from onnxslim.data import Data
@@ -22,6 +24,20 @@ from onnxslim.units import Unit
 LIMIT = np.iinfo(np.int16).max
 # Samples that are simulated, and rows of each.
 SAMPLES, ROWS = 8, 64
+
+
+@functools.cache
+def saturates_here() -> bool:
+    """Whether the integer kernels of the CPU of this machine saturate, as one product of large numbers shows."""
+    left = ir.Value(name="x", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([16, 64]))
+    stored = ir.tensor(np.full((64, 16), 127, np.int8), name="w")
+    right = ir.Value(name="w", const_value=stored, type=ir.TensorType(stored.dtype), shape=ir.Shape([64, 16]))
+    node = ir.node("MatMulInteger", [left, right])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT32)
+    graph = ir.Graph([left], node.outputs, nodes=[node], initializers=[right], opset_imports={"": 17}, name="probe")
+    runner = runtime.load(ir.Model(graph, ir_version=8), threads=1)
+    product = runner({"x": np.full((16, 64), 255, np.uint8)})["y"]
+    return bool((product != 64 * 255 * 127).any())
 
 
 class Pairs:

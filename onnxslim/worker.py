@@ -108,7 +108,12 @@ def interleave(
 
 
 def block(
-    makers: Sequence[Callable[[], Call]], seconds: float, rng: random.Random, *, single: Sequence[bool] = ()
+    makers: Sequence[Callable[[], Call]],
+    seconds: float,
+    rng: random.Random,
+    *,
+    single: Sequence[bool] = (),
+    least: int = 8,
 ) -> dict[str, list[Any]]:
     """Make all calls anew, in a random order, warm them up and run them in turn.
 
@@ -130,7 +135,7 @@ def block(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        rounds, waited = interleave(made, seconds, rng, single=single)
+        rounds, waited = interleave(made, seconds, rng, single=single, least=least)
     finally:
         if collecting:
             gc.enable()

@@ -10,16 +10,17 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import dynamic, runtime
+from onnxslim.choice import fastest, slower_layer
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.probe import noise
+from onnxslim.saturation import saturates_here
 from onnxslim.units import NEVER, PRODUCTS, name_all_nodes
 
-# A layer goes back to float when that takes less than this share of its time on integers; the result must be faster
-# than the float model by this factor. Both are wider than the noise of timing.
-CLEAR, FASTER = 0.9, 1.02
-SECONDS, TIMED = 3.0, 4
+# The result must be faster than the float model by this factor, which is wider than the noise of timing.
+FASTER = 1.02
+TIMED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class DynamicInt8(Pass):
             samples. 0 turns the check off.
         measure: time the candidates and keep only what is faster. Without it, every layer that can be int8 is.
         keep: names of layers (nodes) that stay in float.
+        portable: also right on x86 CPUs without VNNI, whose kernels add two products in 16 bits: weights of 7 bits.
+            None: where the kernels of this machine do that.
     """
 
     name: ClassVar[str] = "dynamic_int8"
@@ -45,6 +48,7 @@ class DynamicInt8(Pass):
     fidelity: float = 0.98
     measure: bool = True
     keep: tuple[str, ...] = ()
+    portable: bool | None = None
 
     def __post_init__(self) -> None:
         self.require(0 <= self.fidelity < 1, f"fidelity={self.fidelity} must be at least 0 and below 1")
@@ -69,77 +73,80 @@ class DynamicInt8(Pass):
         feeds = list(ctx.calibration.spread(TIMED).feeds()) if len(ctx.calibration) else []
         if problem is None and self.measure and not feeds:
             problem = "nothing to measure it with: the model does not run on generated inputs; give --calib"
-        figures: dict[str, Any] = {}
         if problem is not None:
             reasons.update(dict.fromkeys(chosen, problem))
             chosen = []
+        portable = saturates_here() if self.portable is None else self.portable
+        search = _Search(draft, feeds, ctx, reasons, bits=7 if portable else 8)
         if chosen and self.fidelity and feeds:
-            chosen = self._faithful(draft, chosen, feeds, reasons, figures, ctx)
+            chosen = search.faithful(chosen, 1 - self.fidelity)
         if chosen and self.measure:
-            chosen = self._faster(draft, chosen, feeds, reasons, figures, ctx)
+            chosen = search.faster(chosen)
         if chosen:
-            dynamic.insert(draft, chosen)
+            dynamic.insert(draft, chosen, bits=search.bits)
             model.graph = draft.graph
-        stats = {"layers": layers, "int8_layers": len(chosen), **figures}
+        stats = {"layers": layers, "int8_layers": len(chosen), "bits": search.bits, **search.figures}
         return Outcome(stats, [Skip(name, reason) for name, reason in reasons.items()])
 
-    def _faster(
-        self,
-        model: ir.Model,
-        chosen: list[str],
-        feeds: Sequence[Mapping[str, np.ndarray]],
-        reasons: dict[str, str],
-        figures: dict[str, Any],
-        ctx: Context,
-    ) -> list[str]:
-        """Those of ``chosen`` worth having, adding the others to ``reasons``."""
-        everything = _with(model, chosen)
-        float_times, times = (runtime.profile(m, feeds, threads=ctx.threads) for m in (model, everything))
-        outputs = {node.name: [v.name or "" for v in node.outputs] for node in model.graph.all_nodes()}
+
+@dataclasses.dataclass
+class _Search:
+    """Which layers of ``model`` are worth having on integers; the others get their ``reasons``."""
+
+    model: ir.Model
+    feeds: Sequence[Mapping[str, np.ndarray]]
+    ctx: Context
+    reasons: dict[str, str]
+    bits: int
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def faster(self, chosen: list[str]) -> list[str]:
+        """Those of ``chosen`` that make the model faster."""
+        models = {"all": self.insert(chosen)}
+        float_times, times = (
+            runtime.profile(m, self.feeds, threads=self.ctx.threads) for m in (self.model, models["all"])
+        )
+        outputs = {node.name: [v.name or "" for v in node.outputs] for node in self.model.graph.all_nodes()}
         losing: dict[str, str] = {}
         for name in chosen:
-            then, now = (_spent(name, outputs[name], t) for t in (float_times, times))
-            if 0 < then < now * CLEAR:
-                losing[name] = f"slower on integers: {now:.3f} ms, {then:.3f} ms in float"
-        candidates = {"all": chosen}
-        if 0 < len(losing) < len(chosen):
-            candidates["restored"] = [n for n in chosen if n not in losing]
-        models = [everything, *(_with(model, names) for label, names in candidates.items() if label != "all")]
-        runners = [runtime.load(m, threads=ctx.threads) for m in (model, *models)]
-        timed = runtime.compare_latency(runners, [feeds] * len(runners), seconds=SECONDS, seed=ctx.seed)
-        speeds = {n: timed.latency[0].p10 / timed.latency[k].p10 for k, n in enumerate(candidates, 1)}
-        figures["speedup"] = {name: round(speed, 3) for name, speed in speeds.items()}
-        best = max(speeds, key=lambda n: speeds[n])
-        if speeds[best] < FASTER:
-            reasons.update(dict.fromkeys(chosen, f"the model is not faster on integers ({speeds[best]:.2f}x at best)"))
+            reason = slower_layer(*(_spent(name, outputs[name], t) for t in (float_times, times)))
+            if reason is not None:
+                losing[name] = reason
+        kept = [n for n in chosen if n not in losing]
+        if losing and kept:
+            models["restored"] = self.insert(kept)
+        choice = fastest(self.model, models, self.feeds, self.ctx, least=FASTER)
+        self.figures["speedup"] = {name: round(speed, 3) for name, speed in choice.speeds.items()}
+        if choice.name is None:
+            self.reasons.update(dict.fromkeys(chosen, choice.refusal))
             return []
-        if best != "all":
-            reasons.update(losing)
-        return candidates[best]
+        if choice.name == "all":
+            return chosen
+        self.reasons.update(losing)
+        return kept
 
-    def _faithful(
-        self,
-        model: ir.Model,
-        chosen: list[str],
-        feeds: Sequence[Mapping[str, np.ndarray]],
-        reasons: dict[str, str],
-        figures: dict[str, Any],
-        ctx: Context,
-    ) -> list[str]:
+    def insert(self, names: Sequence[str]) -> ir.Model:
+        """A copy of the model with ``names`` on integers."""
+        clone = self.model.clone()
+        dynamic.insert(clone, names, bits=self.bits)
+        return clone
+
+    def faithful(self, chosen: list[str], budget: float) -> list[str]:
         """As many of ``chosen`` as the outputs bear, the layers that disturb them most left out first."""
-        runner = runtime.load(model, threads=ctx.threads)
-        exact = [list(runner(f).values()) for f in feeds]
+        runner = runtime.load(self.model, threads=self.ctx.threads)
+        exact = [list(runner(f).values()) for f in self.feeds]
 
         def lost(names: Sequence[str]) -> float:
-            other = runtime.load(_with(model, names), threads=ctx.threads)
-            return noise([(e, list(other(f).values())) for e, f in zip(exact, feeds, strict=True)]) if names else 0.0
+            if not names:
+                return 0.0
+            other = runtime.load(self.insert(names), threads=self.ctx.threads)
+            return noise([(e, list(other(f).values())) for e, f in zip(exact, self.feeds, strict=True)])
 
-        budget = 1 - self.fidelity
         total = lost(chosen)
-        figures["fidelity"] = round(1 - total, 5)
+        self.figures["fidelity"] = round(1 - total, 5)
         if total <= budget:
             return chosen
-        alone = {name: lost([name]) for name in ctx.progress.track(chosen, total=len(chosen), label="sensitivity")}
+        alone = {name: lost([name]) for name in self.ctx.progress.track(chosen, total=len(chosen), label="sensitivity")}
         order = sorted(chosen, key=lambda n: (-alone[n], n))
         low, high = 1, len(order)  # the number of layers to leave in float lies in [low, high]
         while low < high:
@@ -149,16 +156,10 @@ class DynamicInt8(Pass):
             else:
                 low = middle + 1
         gone = set(order[:high])
-        reasons.update({n: f"on integers it alone takes {alone[n]:.2%} of an output's variance" for n in gone})
+        self.reasons.update({n: f"on integers it alone takes {alone[n]:.2%} of an output's variance" for n in gone})
         kept = [n for n in chosen if n not in gone]
-        figures["fidelity"] = round(1 - lost(kept), 5)
+        self.figures["fidelity"] = round(1 - lost(kept), 5)
         return kept
-
-
-def _with(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    clone = model.clone()
-    dynamic.insert(clone, names)
-    return clone
 
 
 def _spent(name: str, outputs: Sequence[str], times: Mapping[str, float]) -> float:

@@ -69,7 +69,7 @@ def zeros(model: ir.Model) -> list[np.ndarray]:
 
 def test_arm_stores_the_same_in_s8() -> None:
     model = residual()
-    one, _, _ = apply(model, Int8(measure=False))
+    one, _, _ = apply(model, Int8(measure=False, portable=False))
     two, outcome, _ = apply(model, Int8(measure=False, target="cpu-arm"))
     assert pairs(one) == pairs(two)
     assert all(z.dtype == np.int8 for z in zeros(two))
@@ -133,7 +133,7 @@ def test_seven_bits_only_where_sums_leave_sixteen() -> None:
             even = np.full_like(array, 0.05) if value.name == "w2" else np.abs(array)
             turned = even * np.reshape(signs[value.name], (-1, 1, 1))
             value.const_value = ir.tensor(turned.astype(np.float32), name=value.name)
-    _, first, warnings = apply(model, Int8(measure=False, equalize=False))
+    _, first, warnings = apply(model, Int8(measure=False, equalize=False, portable=False))
     assert "second" in first.stats["saturating"]
     assert not {"first", "third"} & set(first.stats["saturating"])
     assert first.stats["seven_bits"] == []

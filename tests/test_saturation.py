@@ -8,11 +8,11 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from onnxslim import data
+from onnxslim import data, runtime
 from onnxslim import model as model_io
 from onnxslim.contract import Context
 from onnxslim.quantization import QParams, activation_params
-from onnxslim.saturation import LIMIT, overflowing
+from onnxslim.saturation import LIMIT, overflowing, saturates_here
 from onnxslim.units import find_units, name_nodes
 
 
@@ -52,6 +52,17 @@ def test_what_inputs_do_not_reach_does_not_overflow() -> None:
     largest = LIMIT // (2 * 127)
     assert check(model, stored, 1, np.full((3, 8), largest, np.float32)) == []
     assert check(model, stored, 1, np.full((3, 8), largest + 1, np.float32)) == ["layer"]
+
+
+def test_whether_this_machine_saturates_is_seen_in_a_product() -> None:
+    """`overflowing` and the probe must agree with what a larger product does here."""
+    stored = np.full((32, 24), 127, np.int8)
+    model = build("MatMulInteger", stored, [16, 32])
+    model.graph.inputs[0].type = ir.TensorType(ir.DataType.UINT8)
+    model.graph.outputs[0].type = ir.TensorType(ir.DataType.INT32)
+    found = runtime.load(model, threads=1)({"x": np.full((16, 32), 255, np.uint8)})["y"]
+    assert saturates_here() == bool((found != 32 * 255 * 127).any())
+    assert found[0, 0] in (32 * 255 * 127, 16 * LIMIT), "two products are added in 16 bits or in 32"
 
 
 def test_opposite_signs_cancel() -> None:

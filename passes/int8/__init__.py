@@ -17,6 +17,7 @@ from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.accuracy import Judge
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.profiles import PROFILES, REFUSED, Profile
+from onnxslim.saturation import saturates_here
 from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_nodes
 
 
@@ -45,7 +46,8 @@ class Int8(Pass):
         target: what the file is for: cpu, cpu-arm, openvino, tensorrt; none takes the target of the run. Each wants its
             pairs elsewhere, from the same calibration. What is not installed here is not measured.
         portable: also right on x86 CPUs without VNNI, whose kernels add two products in 16 bits: layers whose sums do
-            not fit, as seen on the calibration data, get weights of 7 bits. Without it the report warns of them.
+            not fit, as seen on the calibration data, get weights of 7 bits. None: where the kernels of this machine add
+            so. Without it the report warns of these layers.
     """
 
     name: ClassVar[str] = "int8"
@@ -61,7 +63,7 @@ class Int8(Pass):
     keep: tuple[str, ...] = ()
     samples: int = 128
     target: Literal["cpu", "cpu-arm", "openvino", "cuda", "tensorrt"] | None = None
-    portable: bool = False
+    portable: bool | None = None
 
     def __post_init__(self) -> None:
         self.require(0 <= self.fidelity < 1, f"fidelity={self.fidelity} must be at least 0 and below 1")
@@ -89,9 +91,8 @@ class Int8(Pass):
         profile = PROFILES[target]
         timed = self.measure and _can_be_timed(profile, ctx)
         changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize else {}
-        ready = survey(
-            draft, wanted, fitting, ctx, per_channel=self.per_channel, profile=profile, portable=self.portable
-        )
+        portable = saturates_here() if self.portable is None else self.portable
+        ready = survey(draft, wanted, fitting, ctx, per_channel=self.per_channel, profile=profile, portable=portable)
         reasons.update({n: "its input or result had no finite value" for n in wanted if n not in ready.products})
         products, figures = self._search(draft, ready, held_out, ctx, reasons, timed)
         if not products:
@@ -118,7 +119,7 @@ class Int8(Pass):
     def _saturation(self, ready: Prepared, products: Sequence[str], ctx: Context) -> dict[str, Any]:
         """What CPUs without VNNI would make of ``products``; a warning where that is something else."""
         saturating = [n for n in ready.saturating if n in products]
-        if saturating and not self.portable:
+        if saturating and not ready.narrow:
             ctx.warnings.append(
                 f"int8: on x86 CPUs without VNNI the sums of {len(saturating)} layers would saturate (first: "
                 f"{saturating[0]}); int8(portable=true) is right there too"
@@ -141,10 +142,10 @@ class Int8(Pass):
         figures["fidelity"] = round(1 - lost, 5)
         if products and timed:
             feeds = list(held_out.spread(4).feeds())
-            choice = speed.search(model, ready, products, feeds, ctx)
-            products = choice.products
-            reasons.update(choice.reasons)
-            figures["speedup"] = {name: round(value, 3) for name, value in choice.candidates.items()}
+            fast = speed.search(model, ready, products, feeds, ctx)
+            products = fast.products
+            reasons.update(fast.reasons)
+            figures["speedup"] = {name: round(value, 3) for name, value in fast.speeds.items()}
         return products, figures
 
 

@@ -9,28 +9,24 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import qdq, runtime
+from onnxslim.choice import fastest, slower_layer
 from onnxslim.contract import Context
 from onnxslim.passes.int8.prepare import Prepared
 from onnxslim.units import connect, regions, stored_values
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
-# A layer goes back to float when that is predicted to take less than this share of its time on integers; a candidate
-# with fewer integer layers must be faster than one with more by this factor. Both are wider than the noise of timing.
-CLEAR, FASTER = 0.9, 1.02
-SECONDS = 4.0
 
 
 @dataclasses.dataclass
-class Choice:
+class Found:
     """The fastest choice of products, the others with the reason, and the speed over float of every candidate."""
 
     products: list[str]
     reasons: dict[str, str]
-    speedup: float
-    candidates: dict[str, float]
+    speeds: dict[str, float]
 
 
-def search(model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, ctx: Context) -> Choice:
+def search(model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, ctx: Context) -> Found:
     """Find the products that are faster on integers than in float.
 
     Two rounds drop what the kernel times say loses, conversions included; then the float model and every candidate
@@ -51,19 +47,11 @@ def search(model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, 
         reasons.update(losing)
         kept = [n for n in kept if n not in losing]
         candidates[name], models[name] = kept, insert(model, ready, kept)
-    runners = [runtime.load(m, ep=ep, threads=ctx.threads) for m in (model, *models.values())]
-    timed = runtime.compare_latency(runners, [feeds] * len(runners), seconds=SECONDS)
-    # The fastest tenth of the passes: what other processes take from a busy machine is not the model's.
-    speeds = {n: timed.latency[0].p10 / timed.latency[k].p10 for k, n in enumerate(candidates, 1)}
-    best = "all"
-    for name, speed in speeds.items():
-        if speed > speeds[best] * FASTER:
-            best = name
-    if speeds[best] < 1:
-        slower = f"the model is not faster on integers ({speeds[best]:.2f}x at best)"
-        return Choice([], dict.fromkeys(products, slower), 1.0, speeds)
-    gone = set(products) - set(candidates[best])
-    return Choice(candidates[best], {n: reasons[n] for n in products if n in gone}, speeds[best], speeds)
+    choice = fastest(model, models, feeds, ctx, ep=ep)
+    if choice.name is None:
+        return Found([], dict.fromkeys(products, choice.refusal), choice.speeds)
+    gone = set(products) - set(candidates[choice.name])
+    return Found(candidates[choice.name], {n: reasons[n] for n in products if n in gone}, choice.speeds)
 
 
 def insert(model: ir.Model, ready: Prepared, products: Collection[str]) -> ir.Model:
@@ -105,17 +93,17 @@ def _losing(
                 then += rate["QuantizeLinear"] * size
             elif value in stored:
                 now += times.get(f"{value}_DequantizeLinear", rate["DequantizeLinear"] * size)
-        if then < now * CLEAR:
-            losing[name] = f"slower on integers: {now:.3f} ms, {then:.3f} ms in float"
+        reason = slower_layer(then, now)
+        if reason is not None:
+            losing[name] = reason
     for group in regions(ready.units, chosen):
         inside = [n for n in products if n in group and n not in losing]
         before = sum(spent(n, float_times) for n in group)
         conversions = [f"{v}_{op}" for v in stored_values(ready.units, group) for op in rate]
         after = sum(spent(n, times) for n in group) + sum(times.get(c, 0.0) for c in conversions)
-        if inside and 0 < before < after * CLEAR:
-            losing.update(
-                dict.fromkeys(inside, f"its region is slower on integers: {after:.3f} ms, {before:.3f} in float")
-            )
+        reason = slower_layer(before, after)
+        if inside and reason is not None:
+            losing.update(dict.fromkeys(inside, f"its region is {reason}"))
     return losing
 
 

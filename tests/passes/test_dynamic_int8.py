@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -12,8 +14,11 @@ from onnxslim import data, integer, runtime, timing
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Outcome
 from onnxslim.errors import UsageError
+from onnxslim.graph import constant
 from onnxslim.passes.dynamic_int8 import DynamicInt8
 from onnxslim.pipeline import parse
+from onnxslim.quantization import may_saturate
+from onnxslim.saturation import saturates_here
 
 RNG = np.random.default_rng(0)
 
@@ -121,12 +126,11 @@ def test_layers_that_are_slower_stay_and_are_named(monkeypatch: pytest.MonkeyPat
         quantized = any(n.op_type == "MatMulInteger" for n in model.graph)
         return {"query": 2.0 if quantized else 1.0, "key": 1.0 if quantized else 2.0, "head": 1.0}
 
-    def latency(runners: list[runtime.Runner], *_: object, **__: object) -> timing.Comparison:
-        times = [10.0, 9.0, 5.0][: len(runners)]
-        return timing.Comparison([timing.Latency(t, t, t, 5) for t in times], [], [])
+    def latency(sources: list[ir.Model], *_: object, **__: object) -> timing.Comparison:
+        return timing.Comparison([], [1.0, 1.111, 2.0][: len(sources)], [])
 
     monkeypatch.setattr(runtime, "profile", profile)
-    monkeypatch.setattr(runtime, "compare_latency", latency)
+    monkeypatch.setattr(runtime, "compare_models", latency)
     small, outcome = apply(products(), DynamicInt8())
     assert outcome.stats["int8_layers"] == 2
     assert outcome.stats["speedup"] == {"all": 1.111, "restored": 2.0}
@@ -136,8 +140,7 @@ def test_layers_that_are_slower_stay_and_are_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_is_kept_that_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    same = timing.Latency(1.0, 1.0, 1.0, 5)
-    monkeypatch.setattr(runtime, "compare_latency", lambda r, *_, **__: timing.Comparison([same] * len(r), [], []))
+    monkeypatch.setattr(runtime, "compare_models", lambda s, *_, **__: timing.Comparison([], [1.0] * len(s), []))
     model = products()
     small, outcome = apply(model, DynamicInt8())
     assert outcome.stats["int8_layers"] == 0
@@ -164,6 +167,21 @@ def test_layers_that_cost_fidelity_go_back_first() -> None:
     assert outcome.stats["fidelity"] > 0.98
     _, outcome = apply(model, DynamicInt8(measure=False, fidelity=0))
     assert outcome.stats["int8_layers"] == 2
+
+
+@pytest.mark.parametrize("make", [products, lstm])
+def test_portable_weights_have_seven_bits(make: Callable[[], ir.Model]) -> None:
+    """So that no two products leave 16 bits, whatever the inputs are."""
+    model = make()
+    for portable in (False, True, None):
+        small, outcome = apply(model, DynamicInt8(measure=False, fidelity=0, portable=portable))
+        assert outcome.stats["bits"] == (7 if portable or (portable is None and saturates_here()) else 8)
+        stored = [constant(v) for v in small.graph.initializers.values() if (v.name or "").endswith("_quantized")]
+        assert stored
+        for array in stored:
+            assert array is not None
+            assert may_saturate(array.reshape(-1, array.shape[-1]), 1) == (outcome.stats["bits"] == 8)
+        assert gap(model, small) < (0.03 if portable is not False or not saturates_here() else 0.1)
 
 
 def test_options() -> None:

@@ -1,0 +1,63 @@
+"""Which of several ways to run a model is worth having: single layers by their kernels' times, the whole by latency."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim import runtime
+from onnxslim.contract import Context
+
+# A layer is not worth changing when before, it took less than this share of the time after; a candidate is preferred to
+# an earlier one when it is faster by this factor. Both are wider than the noise of timing.
+_CLEAR, _FASTER = 0.9, 1.02
+_SECONDS = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The candidate that is worth having, if any, and the speed of each over the model as it was."""
+
+    name: str | None
+    speeds: dict[str, float]
+
+    @property
+    def refusal(self) -> str:
+        """Why none was chosen."""
+        return f"the model is not faster on integers ({max(self.speeds.values()):.2f}x at best)"
+
+
+def fastest(
+    model: ir.Model,
+    candidates: Mapping[str, ir.Model],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    ctx: Context,
+    *,
+    ep: str = "cpu",
+    least: float = 1.0,
+) -> Choice:
+    """Measure ``model`` and ``candidates``, the preferred one first, in turn; the fastest that is clearly so.
+
+    ``least`` is the speed over ``model`` that one must have to be chosen.
+    """
+    sources = [model, *candidates.values()]
+    timed = runtime.compare_models(sources, feeds, ep=ep, threads=ctx.threads, seconds=_SECONDS, seed=ctx.seed)
+    speeds = dict(zip(candidates, timed.speedup[1:], strict=True))
+    best, *others = speeds
+    for name in others:
+        if speeds[name] > speeds[best] * _FASTER:
+            best = name
+    return Choice(best if speeds[best] >= least else None, speeds)
+
+
+def slower_layer(before: float, after: float) -> str | None:
+    """Why a layer that took ``before`` ms in float and ``after`` ms on integers goes back, or None where it does not.
+
+    0 says that the runtime merged the layer with something else: then only the whole model can tell.
+    """
+    if before == 0 or after == 0 or before >= after * _CLEAR:
+        return None
+    return f"slower on integers: {after:.3f} ms, {before:.3f} ms in float"

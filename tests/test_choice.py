@@ -1,0 +1,50 @@
+"""Which candidate is worth having."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from onnxslim import choice, runtime, timing
+from onnxslim.choice import fastest, slower_layer
+from onnxslim.contract import Context
+from onnxslim.data import Data
+
+
+@pytest.mark.parametrize(
+    ("speeds", "least", "name"),
+    [
+        ([1.3, 1.31, 1.29], 1.0, "a"),  # within noise the first one is preferred
+        ([1.3, 1.4, 1.5], 1.0, "c"),
+        ([1.3, 1.5, 1.51], 1.0, "b"),
+        ([0.8, 0.99], 1.0, None),
+        ([0.8, 1.01], 1.0, "b"),
+        ([0.8, 1.01], 1.02, None),
+    ],
+)
+def test_the_preferred_unless_another_is_clearly_faster(
+    speeds: list[float], least: float, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [ir.Model(ir.Graph([], [], nodes=[], name=str(k)), ir_version=10) for k in range(len(speeds) + 1)]
+    seen = []
+
+    def compare(sources: list[ir.Model], *_: object, **__: object) -> timing.Comparison:
+        seen.extend(sources)
+        return timing.Comparison([], [1.0, *speeds], [])
+
+    monkeypatch.setattr(runtime, "compare_models", compare)
+    context = Context(Data("nothing", 0, [].__getitem__, []))
+    found = fastest(models[0], dict(zip("abc", models[1:], strict=False)), [], context, least=least)
+    assert found.name == name
+    assert found.speeds == dict(zip("abc", speeds, strict=False))
+    assert [id(m) for m in seen] == [id(m) for m in models]
+    if name is None:
+        assert f"{max(speeds):.2f}x at best" in found.refusal
+
+
+def test_a_layer_goes_back_where_that_is_clearly_faster() -> None:
+    assert slower_layer(1.0, 0.5) is None
+    assert slower_layer(1.0, 1.0 / choice._CLEAR - 0.01) is None
+    assert "2.000 ms, 1.000 ms in float" in (slower_layer(1.0, 2.0) or "")
+    assert slower_layer(0.0, 2.0) is None
+    assert slower_layer(2.0, 0.0) is None
