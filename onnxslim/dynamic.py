@@ -120,8 +120,8 @@ def _lstm(model: ir.Model, node: ir.Node, bits: int) -> None:
 
 def _stored(matrix: np.ndarray, bits: int) -> tuple[np.ndarray, QParams]:
     """``matrix`` in ``bits``, with one scale per column."""
-    params, limit = weight_params(matrix, 1, bits=bits), 2 ** (bits - 1) - 1
-    return np.clip(quantize(matrix, params), -limit, limit), params
+    params = weight_params(matrix, 1, bits=bits)
+    return quantize(matrix, params, bits=bits), params
 
 
 def _take_over(node: ir.Node, other: ir.Node) -> None:

@@ -104,7 +104,7 @@ def prove(model: ir.Model, feed: Mapping[str, np.ndarray] | None = None, *, ep: 
     name_all_nodes(draft)
     products = [n for n in draft.graph.all_nodes() if _is_product(n)]
     # Weights are matched by name too, and ONNX Runtime counts a weight that several nodes read once for each.
-    by_name, by_weight, weight_only = _kernels(runtime.optimized(draft, ep=ep, threads=threads, weights=False))
+    by_name, by_weight, weight_only = _kernels(runtime.optimized(draft, ep=ep, threads=threads))
     macs = {row.name: row.macs for row in cost.analyze(draft, feed or {}).table}
     layers: list[Layer] = []
     wrong: list[Finding] = []

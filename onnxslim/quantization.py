@@ -61,12 +61,15 @@ def activation_params(low: float, high: float) -> QParams:
     return QParams(np.array(scale, np.float32), np.array(zero_point, np.uint8))
 
 
-def quantize(array: np.ndarray, params: QParams) -> np.ndarray:
-    """``array`` in the storage type of ``params``."""
+def quantize(array: np.ndarray, params: QParams, *, bits: int | None = None) -> np.ndarray:
+    """``array`` in the storage type of ``params``; fewer ``bits`` than that has clip it symmetrically."""
     info = np.iinfo(params.zero_point.dtype)
+    low, high = (
+        (info.min, info.max) if bits is None or bits >= info.bits else (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    )
     scale, zero = (_along(v, params.axis, array.ndim) for v in (params.scale, params.zero_point))
     steps = np.rint(array / scale.astype(np.float64)) + zero
-    return np.clip(steps, info.min, info.max).astype(params.zero_point.dtype)
+    return np.clip(steps, low, high).astype(params.zero_point.dtype)
 
 
 def dequantize(array: np.ndarray, params: QParams) -> np.ndarray:

@@ -313,20 +313,17 @@ def original_name(name: str) -> str:
     return re.sub(r"_(nchwc|nhwc)$", "", name)
 
 
-def optimized(model: ir.Model | Path, *, ep: str = "cpu", threads: int = 0, weights: bool = True) -> ir.Model:
+def optimized(model: ir.Model | Path, *, ep: str = "cpu", threads: int = 0) -> ir.Model:
     """The graph that ONNX Runtime really executes on ``ep``: shows which kernels were fused.
 
-    Without ``weights``, only the names, types and shapes of large initializers may be read.
+    Of initializers only the names, types and shapes may be read: the data of large ones is gone.
     """
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="onnxslim-") as folder:
         path = Path(folder) / "optimized.onnx"
         load(model, ep=ep, threads=threads, optimized_path=str(path))
-        result = ir.load(path)
-        if weights:
-            ir.external_data.load_to_model(result)
-        return result
+        return ir.load(path)
 
 
 def _first_line(error: Exception) -> str:

@@ -30,8 +30,8 @@ from onnxslim.selectors import (
 )
 from onnxslim.units import PRODUCTS, name_all_nodes, row_bias
 
-# Largest magnitude of an 8-bit weight that was scaled to fill its range, whatever the tool rounded.
-FULL = 120
+# The share of its range that a weight fills that was scaled to it, whatever the tool rounded.
+FULL = 0.94
 # A repair can lay another defect open, once per kind of value: activation, weight, bias.
 ROUNDS = 4
 UNREPAIRED = "not repaired: "
@@ -317,8 +317,11 @@ class _Repairs:
             values = [stored.integers, None]
         else:
             array = dequantize(integers, stored.params)
-            params = weight_params(array, right)
-            values = [g.add_constant(self.graph, f"{stored.integers.name}_stored", quantize(array, params)), None]
+            # Weights that were kept to 7 bits, for CPUs without VNNI, stay so.
+            bits = 8 if np.abs(integers.astype(np.int32)).max(initial=0) > 63 else 7
+            params = weight_params(array, right, bits=bits)
+            again = quantize(array, params, bits=bits)
+            values = [g.add_constant(self.graph, f"{stored.integers.name}_stored", again), None]
         self._own(node, 1, stored, values[0], params)
         return True
 
@@ -424,9 +427,9 @@ def _zero_type(node: ir.Node) -> ir.DataType | None:
 
 
 def _full(integers: np.ndarray, axis: int) -> bool:
-    """Whether every channel along ``axis`` fills its range, as it does when the scales belong to that axis."""
+    """Whether every channel along ``axis`` fills the range of the weight, 8 or 7 bits, as with scales of that axis."""
     peaks = np.abs(np.moveaxis(integers, axis, 0).reshape(integers.shape[axis], -1).astype(np.int32)).max(1)
-    return bool((peaks[peaks > 0] >= FULL).all())
+    return bool((peaks[peaks > 0] >= FULL * peaks.max(initial=0)).all())
 
 
 def _values(value: ir.Value) -> np.ndarray | None:

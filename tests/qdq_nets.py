@@ -31,6 +31,8 @@ def group(
 ) -> onnx.ModelProto:
     """``x`` → Q → DQ → product → Relu → Q → DQ → ``y``; the weight is square.
 
+    Weights have 7 bits, so that kernels without VNNI, which add two products in 16 bits, compute the same.
+
     Args:
         axis: what the DequantizeLinear of the weight names; ``scales_along`` is the axis they really belong to.
         readers: of the stored input, the product included (the others give more outputs).
@@ -53,7 +55,7 @@ def group(
         weight = rng.standard_normal((SIZE, SIZE, 3, 3) if op == "Conv" else (SIZE, SIZE)) / (9 if op == "Conv" else 4)
         weight = weight * rng.uniform(0.3, 3, SIZE).reshape([-1 if i == along else 1 for i in range(weight.ndim)])
         others = tuple(i for i in range(weight.ndim) if i != along or per_tensor)
-        scale = (np.abs(weight).max(axis=others, keepdims=True) / 127).astype(np.float32)
+        scale = (np.abs(weight).max(axis=others, keepdims=True) / 63).astype(np.float32)
         flat = scale.reshape(()) if per_tensor else scale.reshape(-1)
         constants |= {f"w{k}_q": np.rint(weight / scale).astype(np.int8), f"w{k}_s": flat}
         constants |= {f"w{k}_z": np.zeros(flat.shape, np.int8)}

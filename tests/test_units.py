@@ -58,7 +58,8 @@ def quantized(model: ir.Model, x: np.ndarray, products: set[str] | None = None) 
         index, axis = units[name].weight or (1, None)
         array = constant(units[name].node.inputs[index])
         assert array is not None
-        weights[name] = (quantize(array, weight_params(array, axis)), weight_params(array, axis))
+        scales = weight_params(array, axis, bits=7)  # kernels without VNNI add two products in 16 bits
+        weights[name] = (quantize(array, scales, bits=7), scales)
     chosen = settle(units, every if products is None else products, {})
     result = model.clone()
     qdq.insert(result, qdq.Plan(chosen, params, weights))

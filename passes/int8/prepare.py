@@ -224,9 +224,7 @@ def _store(unit: Unit, per_channel: bool, gram: Gram | None, scale: float, bits:
     if bias is not None:
         channels = weight.shape[axis or 0]
         params = widen_for_bias(params, np.broadcast_to(bias.reshape(-1), (channels,)), scale)
-    stored, limit = quantize(weight, params), 2 ** (bits - 1) - 1
-    if bits < 8:
-        stored = np.clip(stored, -limit, limit)
+    stored = quantize(weight, params, bits=bits)
     if gram is not None and axis is not None:
-        stored = refine(weight, stored, params, gram, axis, limit)
+        stored = refine(weight, stored, params, gram, axis, 2 ** (bits - 1) - 1)
     return stored, params
