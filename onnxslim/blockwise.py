@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,7 @@ from scipy import linalg
 from onnxslim import graph as g
 from onnxslim import integer
 from onnxslim.calibration import collect
-from onnxslim.contract import Context, Outcome, Skip
+from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.opset import raise_opset
 from onnxslim.rounding import ROWS, WIDEST, Gram, round_columns, spreading
 from onnxslim.units import NEVER, PRODUCTS, find_units, name_nodes
@@ -334,3 +335,27 @@ def _read(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Va
     dq.outputs[0].type, dq.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), parts[0].shape
     node.replace_input_with(1, dq.outputs[0])
     node.attributes.pop("transB", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightOnly(Pass):
+    """A pass that is `store` with ``bits`` bits; a subclass says how many and describes the options."""
+
+    effect: ClassVar[Effect] = Effect.LOSSY
+    wants: ClassVar[Sequence[str]] = ("simplify", "fold")
+    last: ClassVar[bool] = True
+    bits: ClassVar[int]
+
+    block: int = 32
+    keep: tuple[str, ...] = ()
+    samples: int = 32
+
+    def __post_init__(self) -> None:
+        self.require(
+            self.block >= 16 and self.block & (self.block - 1) == 0,
+            f"block={self.block} must be a power of two and at least 16",
+        )
+        self.require(self.samples >= 1, f"samples={self.samples} must be at least 1")
+
+    def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+        return store(model, Format(self.bits, self.block), ctx, keep=self.keep, samples=self.samples)

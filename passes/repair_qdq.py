@@ -30,8 +30,8 @@ from onnxslim.selectors import (
 )
 from onnxslim.units import PRODUCTS, name_all_nodes, row_bias
 
-# Largest magnitude of an 8-bit weight that was scaled to fill its range, whatever the tool rounded.
-FULL = 120
+# Channels that were each scaled to fill the range reach this share of its end, whatever the tool rounded.
+FULL = 0.93
 # A repair can lay another defect open, once per kind of value: activation, weight, bias.
 ROUNDS = 4
 UNREPAIRED = "not repaired: "
@@ -317,8 +317,11 @@ class _Repairs:
             values = [stored.integers, None]
         else:
             array = dequantize(integers, stored.params)
-            params = weight_params(array, right)
-            values = [g.add_constant(self.graph, f"{stored.integers.name}_stored", quantize(array, params)), None]
+            # A file with 7 bits is meant for CPUs whose kernels would saturate with 8.
+            bits = 7 if np.abs(integers.astype(np.int32)).max(initial=0) < 64 else 8
+            params, limit = weight_params(array, right, bits=bits), 2 ** (bits - 1) - 1
+            again = np.clip(quantize(array, params), -limit, limit)
+            values = [g.add_constant(self.graph, f"{stored.integers.name}_stored", again), None]
         self._own(node, 1, stored, values[0], params)
         return True
 
@@ -426,7 +429,7 @@ def _zero_type(node: ir.Node) -> ir.DataType | None:
 def _full(integers: np.ndarray, axis: int) -> bool:
     """Whether every channel along ``axis`` fills its range, as it does when the scales belong to that axis."""
     peaks = np.abs(np.moveaxis(integers, axis, 0).reshape(integers.shape[axis], -1).astype(np.int32)).max(1)
-    return bool((peaks[peaks > 0] >= FULL).all())
+    return bool((peaks[peaks > 0] >= FULL * peaks.max(initial=0)).all())
 
 
 def _values(value: ir.Value) -> np.ndarray | None:
