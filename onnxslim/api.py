@@ -384,6 +384,7 @@ class _Run:
                 "outputs": [plain(o) for o in measured.outputs],
             }
             self.ctx.warnings[:0] = measured.warnings()
+            self.ctx.warnings += measured.notes()
             if self.checks.budget is not None and value is not None:
                 metric = _metric_entry(self.checks.budget, value, measured)
         if self.bench_seconds:

@@ -31,13 +31,15 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 class Runner:
     """A session together with the names it takes and gives: ``runner(feeds) -> {output: array}``.
 
+    Floats are converted where the session declares another float type than the sample has.
     ``again`` makes the session anew; with it, `rest` gives the memory of the session back until the next call.
     """
 
     def __init__(self, session: ort.InferenceSession, again: Callable[[], ort.InferenceSession] | None = None) -> None:
         self._session: ort.InferenceSession | None = session
         self._again = again
-        self.inputs = [i.name for i in session.get_inputs()]
+        self._declared = session.get_inputs()
+        self.inputs = [i.name for i in self._declared]
         self.outputs = [o.name for o in session.get_outputs()]
 
     @property
@@ -53,7 +55,7 @@ class Runner:
             self._session = None
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        results = self.session.run(None, {name: feeds[name] for name in self.inputs})
+        results = self.session.run(None, worker.fitted(self._declared, feeds))
         return dict(zip(self.outputs, results, strict=True))
 
 

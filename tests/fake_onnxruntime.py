@@ -88,7 +88,7 @@ class InferenceSession:
         self.fell_back = "fallback" in path
 
     def get_inputs(self):
-        return [SimpleNamespace(name="x")]
+        return [SimpleNamespace(name="x", type="tensor(float)")]
 
     def get_outputs(self):
         return [SimpleNamespace(name="y")]
