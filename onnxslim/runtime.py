@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from onnxslim import custom_ops, timing, worker
 from onnxslim import model as model_io
-from onnxslim import timing, worker
 from onnxslim.eps import PACKAGES, Ep
 from onnxslim.eps import PROVIDERS as PROVIDERS
 from onnxslim.errors import ModelError, UsageError
@@ -74,6 +74,11 @@ def options(*, threads: int = 0, optimize: bool = True, optimized_path: str | No
     chosen.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if optimized_path is not None:
         chosen.optimized_model_filepath = optimized_path
+    for library in custom_ops.libraries():
+        try:
+            chosen.register_custom_ops_library(library)
+        except Exception as error:  # the binding raises many types
+            raise UsageError(f"{library}: ONNX Runtime cannot register it: {_first_line(error)}") from error
     return chosen
 
 

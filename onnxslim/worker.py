@@ -15,6 +15,7 @@ stdin and stdout; arrays travel as ``.npz`` files. A request is ``{"do": NAME, .
     threads_option  name of the provider's own option for the number of threads
     affinity   cores that the process may use
     bind       ``cuda``: inputs and outputs stay on the device and every pass ends with a synchronization
+    custom_ops libraries of custom operators, absolute paths
     graph      capture the work of a pass once and replay it (CUDA graphs; implies fixed shapes)
 """
 
@@ -220,6 +221,8 @@ def session_arguments(
     chosen.inter_op_num_threads = 1
     for key, value in {**ep.get("config", {}), **(config or {})}.items():
         chosen.add_session_config_entry(key, value)
+    for library in ep.get("custom_ops", ()):
+        chosen.register_custom_ops_library(library)
     if profile:
         chosen.enable_profiling = True
         chosen.profile_file_prefix = profile

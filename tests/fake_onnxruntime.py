@@ -51,6 +51,9 @@ class SessionOptions:
     def add_session_config_entry(self, key, value):
         self.entries[key] = value
 
+    def register_custom_ops_library(self, path):
+        log("custom_ops", path)
+
     def add_provider_for_devices(self, devices, options):
         log("devices", [d.ep_name for d in devices], options)
 
