@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxslim import cost, doctor, integer, metrics, pipeline, repro, runtime, timing, verify
+from onnxslim import custom_ops as libraries
 from onnxslim import data as data_io
 from onnxslim import details as extras
 from onnxslim import model as model_io
@@ -77,6 +78,7 @@ def optimize(
     bench_seconds: float | None = None,
     details: bool = False,
     require_int8: str | None = None,
+    custom_ops: Sequence[str | os.PathLike[str]] = (),
 ) -> Result:
     """Run ``passes`` over ``model``, each checked and undone when it breaks its promise; ``model`` is not changed.
 
@@ -101,43 +103,46 @@ def optimize(
             model was after each pass.
         require_int8: ``"95%"`` or ``"0.95"``: the share of the multiply-accumulates that must run as integer kernels on
             the CPU provider; ``exit_code`` is 1 when fewer do, and the report names the layers that do not.
+        custom_ops: libraries of custom operators, registered with every session. No pass changes such an operator or
+            what depends on knowing what it does.
 
     Raises:
         ModelError, DataError, UsageError: what was given cannot be used.
         CheckError: no model that keeps the promises was found, not even the one read from ``model``.
     """
-    chosen = pipeline.complete(pipeline.parse(passes) if isinstance(passes, str) else list(passes))
-    if max_drop is not None:
-        metrics.parse_drop(max_drop)
-    named = metrics.find(metric) if metric is not None else None
-    wanted = integer.share(require_int8) if require_int8 is not None else None
-    if target not in runtime.PROVIDERS:
-        raise UsageError(f"unknown target {target!r}: give one of {', '.join(runtime.PROVIDERS)}")
-    original = model_io.load(model)
-    if fix_shapes:
-        model_io.fix_shapes(original, fix_shapes)
-    lossy = pipeline.strictest(chosen) is Effect.LOSSY
-    ctx = Context(
-        calibration=Data("nothing", 0, lambda k: {}, ()),
-        target=target,
-        threads=threads,
-        seed=seed,
-        progress=progress or NoProgress(),
-        warnings=list(original.meta.get(model_io.WARNINGS, ())),
-    )
-    given = _Given(calibration, evaluation, {**(fix_shapes or {}), **(shapes or {})})
-    must_run = given.any or any(p.needs_data for p in chosen)
-    samples, runner = _samples(original, _as_given(model, original), given, lossy, must_run, ctx)
-    ctx.calibration, ctx.synthetic = samples.calibration, samples.synthetic
-    if bench_seconds is None:
-        bench_seconds = _BENCH_LOSSY if lossy else _BENCH_LOSSLESS
-    run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
-    result = run.finish(*run.passes(chosen), wanted)
-    if details and runner is not None:
-        result.report.details = run.details(result.model)
-    if isinstance(model, str | os.PathLike):
-        model_io.own_weights(result.model, model)
-    return result
+    with libraries.using(custom_ops):
+        chosen = pipeline.complete(pipeline.parse(passes) if isinstance(passes, str) else list(passes))
+        if max_drop is not None:
+            metrics.parse_drop(max_drop)
+        named = metrics.find(metric) if metric is not None else None
+        wanted = integer.share(require_int8) if require_int8 is not None else None
+        if target not in runtime.PROVIDERS:
+            raise UsageError(f"unknown target {target!r}: give one of {', '.join(runtime.PROVIDERS)}")
+        original = model_io.load(model)
+        if fix_shapes:
+            model_io.fix_shapes(original, fix_shapes)
+        lossy = pipeline.strictest(chosen) is Effect.LOSSY
+        ctx = Context(
+            calibration=Data("nothing", 0, lambda k: {}, ()),
+            target=target,
+            threads=threads,
+            seed=seed,
+            progress=progress or NoProgress(),
+            warnings=list(original.meta.get(model_io.WARNINGS, ())),
+        )
+        given = _Given(calibration, evaluation, {**(fix_shapes or {}), **(shapes or {})})
+        must_run = given.any or any(p.needs_data for p in chosen)
+        samples, runner = _samples(original, _as_given(model, original), given, lossy, must_run, ctx)
+        ctx.calibration, ctx.synthetic = samples.calibration, samples.synthetic
+        if bench_seconds is None:
+            bench_seconds = _BENCH_LOSSY if lossy else _BENCH_LOSSLESS
+        run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
+        result = run.finish(*run.passes(chosen), wanted)
+        if details and runner is not None:
+            result.report.details = run.details(result.model)
+        if isinstance(model, str | os.PathLike):
+            model_io.own_weights(result.model, model)
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,6 +389,7 @@ class _Run:
                 "outputs": [plain(o) for o in measured.outputs],
             }
             self.ctx.warnings[:0] = measured.warnings()
+            self.ctx.warnings += measured.notes()
             if self.checks.budget is not None and value is not None:
                 metric = _metric_entry(self.checks.budget, value, measured)
         if self.bench_seconds:
@@ -409,6 +415,7 @@ class _Run:
                 "threads": self.ctx.threads,
                 "seed": self.ctx.seed,
                 "shapes": {name: list(array.shape) for name, array in feed.items()},
+                **({"custom_ops": list(libraries.libraries())} if libraries.libraries() else {}),
             },
             warnings=self.ctx.warnings,
             integer=None if proof is None else proof.to_dict(),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,15 +18,14 @@ from scipy import linalg
 
 from onnxslim import graph as g
 from onnxslim import integer
-from onnxslim.calibration import collect
-from onnxslim.contract import Context, Outcome, Skip
+from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.layer_inputs import moments
 from onnxslim.opset import raise_opset
-from onnxslim.rounding import ROWS, WIDEST, Gram, round_columns, spreading
-from onnxslim.units import NEVER, PRODUCTS, find_units, name_nodes
+from onnxslim.rounding import round_columns, spreading
+from onnxslim.units import NEVER, PRODUCTS, name_nodes
 
-# Weights with fewer elements are not worth the scales; columns that are worked on at a time; bytes of moments that one
-# pass over the data collects.
-SMALLEST, COLUMNS, MOMENTS = 4096, 512, 512_000_000
+# Weights with fewer elements are not worth the scales; columns that are worked on at a time.
+SMALLEST, COLUMNS = 4096, 512
 # Shares of the range of a block that are tried as the range of what is stored.
 FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 OPSET, IR_VERSION = 21, 10
@@ -139,15 +139,15 @@ def store(model: ir.Model, form: Format, ctx: Context, *, keep: Collection[str] 
     model.ir_version = max(model.ir_version, IR_VERSION)
     rounded = 0
     shared: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    for group in _groups(chosen, ctx):
-        moments = _moments(model, group, ctx, samples)
+    for group, grams in moments(model, chosen, ctx, samples):
+        inputs = {key: Inputs(gram.matrix[0]) for key, gram in {id(x): x for x in grams.values()}.items()}
         for node in group:
             source = node.inputs[1]
             assert source is not None
             if source not in shared:
-                gram = moments.get(node.name or "")
+                gram = grams.get(node.name or "")
                 rounded += gram is not None
-                shared[source] = _store(model, node, source, form, gram)
+                shared[source] = _store(model, node, source, form, None if gram is None else inputs[id(gram)])
             _read(model, node, shared[source], form)
     g.remove_dead(model.graph)
     stats = {"layers": len(chosen) + len(skipped), "stored": len(chosen), "rounded": rounded}
@@ -204,19 +204,14 @@ def _rows(model: ir.Model, dq: ir.Node, form: Format) -> list[ir.Value]:
     padded[:, :depth] = stored.astype(np.uint8).T
     points = zeros.astype(np.uint8).T
     if form.bits == 4:
-        padded = _pairs(padded)
-        points = _pairs(np.pad(points, ((0, 0), (0, len(scales) % 2))))
+        padded = g.pairs(padded)
+        points = g.pairs(np.pad(points, ((0, 0), (0, len(scales) % 2))))
     hint = dq.inputs[0].name if dq.inputs[0] is not None else ""
     return [
         g.add_constant(model.graph, f"{hint}_rows", padded.reshape(width, len(scales), -1)),
         g.add_constant(model.graph, f"{hint}_rows_scales", np.ascontiguousarray(scales.T).reshape(-1)),
         g.add_constant(model.graph, f"{hint}_rows_zeros", np.ascontiguousarray(points).reshape(-1)),
     ]
-
-
-def _pairs(array: np.ndarray) -> np.ndarray:
-    """Numbers of four bits, two in each byte along the last axis, the first one in the lower half."""
-    return np.asarray(array[..., 0::2] | (array[..., 1::2] << 4), np.uint8)
 
 
 def _unsuitable(node: ir.Node, graph: ir.Graph) -> str | None:
@@ -242,55 +237,6 @@ def _unsuitable(node: ir.Node, graph: ir.Graph) -> str | None:
     return "its weight is read both ways round" if len(shared) > 1 else None
 
 
-def _depth(node: ir.Node) -> int:
-    """Inputs of each output of a product."""
-    assert node.inputs[1] is not None and node.inputs[1].const_value is not None
-    return int(node.inputs[1].const_value.shape[1 if g.attribute(node, "transB", 0) else 0])  # type: ignore[arg-type]
-
-
-def _groups(nodes: Sequence[ir.Node], ctx: Context) -> Iterator[list[ir.Node]]:
-    """Layers whose moments fit into memory together, in the order of the graph."""
-    if ctx.synthetic or not len(ctx.calibration):
-        yield list(nodes)
-        return
-    group: list[ir.Node] = []
-    held: dict[str, int] = {}
-    for node in nodes:
-        name = node.inputs[0].name or "" if node.inputs[0] is not None else ""
-        size = 8 * min(_depth(node), WIDEST) ** 2
-        if group and sum(held.values()) + (0 if name in held else size) > MOMENTS:
-            yield group
-            group, held = [], {}
-        group.append(node)
-        held[name] = size
-    yield group
-
-
-def _moments(model: ir.Model, nodes: Sequence[ir.Node], ctx: Context, samples: int) -> dict[str, Inputs]:
-    """What each of ``nodes`` reads, from the calibration data; nothing for generated inputs."""
-    if ctx.synthetic or not len(ctx.calibration):
-        return {}
-    units, _ = find_units(model)
-    data = ctx.calibration.spread(samples)
-    grams: dict[str, Gram] = {}
-    source: dict[str, str] = {}
-    for node in nodes:
-        unit, value = units.get(node.name or ""), node.inputs[0]
-        if unit is None or value is None or _depth(node) > WIDEST:
-            continue
-        source[node.name or ""] = value.name or ""
-        if value.name not in grams:
-            assert node.inputs[1] is not None and node.inputs[1].const_value is not None
-            shape = tuple(int(n) for n in node.inputs[1].const_value.shape.numpy())
-            grams[value.name or ""] = Gram(unit, shape, max(ROWS // len(data), 16))
-    if not grams:
-        return {}
-    collect(model, {name: [gram] for name, gram in grams.items()}, ctx, data=data)
-    matrices = {name: gram.matrix[0] for name, gram in grams.items()}
-    found = {n: Inputs(m) for n, m in matrices.items() if grams[n].count and np.isfinite(m).all()}
-    return {n: found[s] for n, s in source.items() if s in found}
-
-
 def _store(
     model: ir.Model, node: ir.Node, source: ir.Value, form: Format, inputs: Inputs | None
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -306,21 +252,11 @@ def _store(
         with contextlib.suppress(BufferError):  # somebody else holds it
             tensor.release()
     scale = g.add_constant(model.graph, f"{source.name}_scales", scales)
-    return _packed(model, f"{source.name}_q", stored, form), scale, _packed(model, f"{source.name}_zeros", zeros, form)
-
-
-def _packed(model: ir.Model, hint: str, array: np.ndarray, form: Format) -> ir.Value:
-    """An initializer of small integers, two of four bits in each byte."""
-    if form.bits == 8:
-        return g.add_constant(model.graph, hint, array)
-    flat = array.reshape(-1)
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    name = g.fresh_name(model.graph, hint)
-    tensor = ir.PackedTensor(_pairs(flat), form.dtype, shape=array.shape, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(form.dtype))
-    model.graph.register_initializer(value)
-    return value
+    return (
+        g.add_integers(model.graph, f"{source.name}_q", stored, form.bits),
+        scale,
+        g.add_integers(model.graph, f"{source.name}_zeros", zeros, form.bits),
+    )
 
 
 def _read(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Value], form: Format) -> None:
@@ -334,3 +270,27 @@ def _read(model: ir.Model, node: ir.Node, parts: tuple[ir.Value, ir.Value, ir.Va
     dq.outputs[0].type, dq.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), parts[0].shape
     node.replace_input_with(1, dq.outputs[0])
     node.attributes.pop("transB", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightOnly(Pass):
+    """A pass that is `store` with ``bits`` bits; a subclass says how many and describes the options."""
+
+    effect: ClassVar[Effect] = Effect.LOSSY
+    wants: ClassVar[Sequence[str]] = ("simplify", "fold")
+    last: ClassVar[bool] = True
+    bits: ClassVar[int]
+
+    block: int = 32
+    keep: tuple[str, ...] = ()
+    samples: int = 32
+
+    def __post_init__(self) -> None:
+        self.require(
+            self.block >= 16 and self.block & (self.block - 1) == 0,
+            f"block={self.block} must be a power of two and at least 16",
+        )
+        self.require(self.samples >= 1, f"samples={self.samples} must be at least 1")
+
+    def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+        return store(model, Format(self.bits, self.block), ctx, keep=self.keep, samples=self.samples)

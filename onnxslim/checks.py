@@ -42,9 +42,9 @@ class Budget:
 class Checks:
     """Called by the pipeline with (before, after, pass); a string undoes the pass.
 
-    Every pass must keep the inputs and outputs of the model and leave something that ONNX Runtime loads. An EXACT or
-    ROUNDING pass must give the same outputs on the check samples and must not add nodes. A LOSSY pass must stay within
-    the budget, where there is one.
+    Every pass must keep the inputs and outputs of the model (their float types too, unless it says otherwise) and leave
+    something that ONNX Runtime loads. An EXACT or ROUNDING pass must give the same outputs on the check samples and
+    must not add nodes. A LOSSY pass must stay within the budget, where there is one.
 
     Attributes:
         kept: the model after every pass that was kept, the original first.
@@ -67,7 +67,7 @@ class Checks:
         self._measured: tuple[ir.Model, verify.Fidelity, float | None] | None = None
 
     def __call__(self, before: ir.Model, after: ir.Model, item: Pass) -> str | None:
-        problem = _interface(before, after)
+        problem = _interface(before, after, item.retypes)
         if problem is None and self._original is not None:
             problem = self._run(after, item)
         elif problem is None and item.effect is not Effect.LOSSY:
@@ -225,16 +225,22 @@ def _growth(before: ir.Model, after: ir.Model) -> str | None:
     return f"adds {more} nodes without being asked to change the function" if more > 0 else None
 
 
-def _interface(before: ir.Model, after: ir.Model) -> str | None:
+def _interface(before: ir.Model, after: ir.Model, retypes: bool) -> str | None:
     for what, old, new in (
         ("inputs", before.graph.inputs, after.graph.inputs),
         ("outputs", before.graph.outputs, after.graph.outputs),
     ):
-        want = [(v.name, str(v.type)) for v in old]
-        have = [(v.name, str(v.type)) for v in new]
+        want = [(v.name, _type(v, retypes)) for v in old]
+        have = [(v.name, _type(v, retypes)) for v in new]
         if [n for n, _ in want] != [n for n, _ in have]:
             return f"changes the {what} of the model from {[n for n, _ in want]} to {[n for n, _ in have]}"
         for (name, first), (_, second) in zip(want, have, strict=True):
             if first != second and "None" not in (first, second):
                 return f"changes the type of {name!r} from {first} to {second}"
     return None
+
+
+def _type(value: ir.Value, any_float: bool) -> str:
+    if any_float and isinstance(value.type, ir.TensorType) and value.type.dtype.is_floating_point():
+        return "Tensor of floats"
+    return str(value.type)

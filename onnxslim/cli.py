@@ -90,6 +90,18 @@ _SHAPE = click.option(
 _JSON = click.option(
     "--json", "json_to", is_flag=False, flag_value="-", metavar="[FILE]", help="JSON to stdout, or to FILE."
 )
+
+
+def _use_libraries(ctx: click.Context, _: click.Parameter, paths: tuple[str, ...]) -> None:
+    from onnxslim import custom_ops
+
+    ctx.with_resource(custom_ops.using(paths))
+
+
+_CUSTOM_OPS = click.option(
+    "--custom-ops", multiple=True, metavar="FILE", callback=_use_libraries, expose_value=False,
+    help="Library of custom operators (.so, .dll, .dylib) for every session. Repeatable.",
+)  # fmt: skip
 _FILE = click.Path(path_type=Path)
 _MMAP_THRESHOLD = -3  # of mallopt(3)
 
@@ -126,6 +138,7 @@ _MMAP_THRESHOLD = -3  # of mallopt(3)
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
 @click.option("--bench-ep", metavar="LIST", help="Measure latency on these execution providers too, as bench --ep.")
 @click.option("--report", "page_to", type=_FILE, metavar="FILE", help="Write an HTML report with plots.")
+@_CUSTOM_OPS
 @click.option("--external-data", is_flag=True, help="Put the weights in a file of their own (always above 1.8 GB).")
 @_JSON
 def optimize_command(
@@ -241,6 +254,7 @@ def _views(command: Any) -> Any:
 @click.option("--nodes", is_flag=True, help="One row per node instead of per operator, the dearest first.")
 @click.option("--prunable", is_flag=True, help="Groups of channels that can be removed, and what stays and why.")
 @click.option("--ep", metavar="EP", help="Also say what runs there on integers, and why the rest does not: cpu.")
+@_CUSTOM_OPS
 @_SHAPE
 @_views
 def inspect(
@@ -275,6 +289,7 @@ def inspect(
 @click.option("--metric", metavar="NAME", help="Measure a metric of both as well.")
 @click.option("--max-error", type=click.FloatRange(min=0), help="Exit with 1 if the relative L2 error is larger.")
 @click.option("--layers", "by_layer", is_flag=True, help="Compare layer by layer too: where does the error come in?")
+@_CUSTOM_OPS
 @_SHAPE
 @_THREADS
 @_SEED
@@ -337,6 +352,7 @@ def _numbers(least: int) -> Any:
     "--batch", "batches", callback=_numbers(1), metavar="N,...", help="Batch sizes, where axis 0 is symbolic."
 )
 @click.option("--profile", is_flag=True, help="Also which kernels run, how long, and on which element types.")
+@_CUSTOM_OPS
 @_SHAPE
 @_SEED
 @_views

@@ -56,6 +56,7 @@ def compare(
         },
         "metric": None,
         "warnings": fidelity.warnings(),
+        "notes": fidelity.notes(),
     }
     if found is not None:
         facts["metric"] = {"name": found.name, "original": verify.score(reference, found), "other": value}
@@ -93,7 +94,7 @@ def sheets(facts: Mapping[str, Any]) -> list[Sheet]:
 
 def table(facts: Mapping[str, Any]) -> RenderableType:
     """`compare` for a terminal."""
-    parts: list[RenderableType] = [fidelity_table(facts["fidelity"])]
+    parts: list[RenderableType] = [fidelity_table(facts["fidelity"]), *map(Text, facts["notes"])]
     if facts["metric"] is not None:
         entry = facts["metric"]
         change = entry["other"] - entry["original"]

@@ -113,6 +113,11 @@ class Pass(abc.ABC):
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         """Change ``model`` in place and say what was done. Must leave a valid model, also when it does nothing."""
 
+    @property
+    def retypes(self) -> bool:
+        """True when inputs and outputs of the model may get another float type; what is fed to it is converted."""
+        return False
+
     def require(self, condition: bool, message: str) -> None:
         """Raise `UsageError` naming this pass unless ``condition`` holds; for checks of options in __post_init__."""
         if not condition:

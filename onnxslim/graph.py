@@ -47,6 +47,25 @@ def add_constant(graph: ir.Graph, hint: str, array: np.ndarray) -> ir.Value:
     return value
 
 
+def add_integers(graph: ir.Graph, hint: str, array: np.ndarray, bits: int) -> ir.Value:
+    """Register a new initializer of numbers (uint8) of 8 or of 4 bits; those need opset 21, and two share a byte."""
+    if bits == 8:
+        return add_constant(graph, hint, array)
+    flat = array.reshape(-1)
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    name = fresh_name(graph, hint)
+    tensor = ir.PackedTensor(pairs(flat), ir.DataType.UINT4, shape=array.shape, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def pairs(array: np.ndarray) -> np.ndarray:
+    """Numbers of four bits, two in each byte along the last axis, the first one in the lower half."""
+    return np.asarray(array[..., 0::2] | (array[..., 1::2] << 4), np.uint8)
+
+
 def add_node(
     graph: ir.Graph,
     op_type: str,

@@ -143,6 +143,11 @@ def size(source: Any, model: ir.Model) -> int:
     return sum(map(wire.size, _pieces(model))) if weight_bytes(model) <= INLINE_LIMIT else weight_bytes(model)
 
 
+def deflated(model: ir.Model) -> int:
+    """Bytes of the file of ``model``, weights inside, once it is compressed as zip and gzip do by default."""
+    return wire.deflated(_pieces(model))
+
+
 def fix_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
     """Write concrete shapes into the inputs named in ``shapes`` and infer everything again.
 

@@ -276,6 +276,67 @@ class _Writer:
             self.done.stored += 1
 
 
+def convert_interface(model: ir.Model, kind: ir.DataType, peaks: Mapping[str, float]) -> dict[str, str]:
+    """Give the float32 inputs and outputs of ``model`` the type ``kind``; those that keep theirs, with the reason.
+
+    To be called after `convert`, whose casts at the border go.
+    """
+    kept: dict[str, str] = {}
+    largest, _ = LIMITS[kind]
+    for value in model.graph.inputs:
+        if value.dtype == FLOAT and not value.is_graph_output():
+            if peaks.get(value.name or "", 0.0) > largest * HEADROOM:
+                kept[value.name or ""] = (
+                    f"it reaches {peaks[value.name or '']:.3g}, {kind.name.lower()} ends at {largest:.3g}"
+                )
+            else:
+                _convert_input(model.graph, value, kind)
+    for index, value in enumerate(model.graph.outputs):
+        if value.dtype != FLOAT:
+            continue
+        if value.producer() is None or list(model.graph.outputs).count(value) > 1:
+            kept[value.name or ""] = "it is an input, a weight or another output too"
+        elif peaks.get(value.name or "", 0.0) > largest * HEADROOM:
+            kept[value.name or ""] = (
+                f"it reaches {peaks[value.name or '']:.3g}, {kind.name.lower()} ends at {largest:.3g}"
+            )
+        else:
+            _convert_output(model.graph, index, kind)
+    g.remove_dead(model.graph)
+    return kept
+
+
+def _convert_input(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> None:
+    uses = list(value.uses())
+    value.type = ir.TensorType(kind)
+    raised: ir.Value | None = None
+    for use in uses:
+        if g.is_op(use.node, "Cast") and g.attribute(use.node, "to") == int(kind):
+            g.replace(use.node.outputs[0], value)
+            continue
+        if raised is None:
+            node = g.add_node(
+                graph, "Cast", [value], before=graph[0], attributes={"to": int(FLOAT)}, hint=value.name or ""
+            )
+            raised = node.outputs[0]
+            raised.shape, raised.type = value.shape, ir.TensorType(FLOAT)
+        use.node.replace_input_with(use.idx, raised)
+
+
+def _convert_output(graph: ir.Graph, index: int, kind: ir.DataType) -> None:
+    value = graph.outputs[index]
+    node, name = value.producer(), value.name
+    assert node is not None
+    source = node.inputs[0] if g.is_op(node, "Cast") else None
+    value.name = g.fresh_name(graph, f"{name}_float")
+    if source is None or source.dtype != kind or source.producer() is None or source.is_graph_output():
+        cast = g.add_node(graph, "Cast", [value], after=node, attributes={"to": int(kind)}, hint=name or "")
+        source = cast.outputs[0]
+        source.shape = value.shape
+    source.type, source.name = ir.TensorType(kind), name
+    graph.outputs[index] = source
+
+
 def kernels(model: ir.Model, kind: ir.DataType, ep: str) -> Callable[[ir.Node, _Types], bool]:
     """Whether ``ep`` loads a single node with its tensors in ``kind``; each sort of node is tried once."""
     version = g.opset(model)
@@ -335,8 +396,12 @@ def lower(
     keep: Collection[str] = (),
     store: bool = False,
     samples: int = 32,
+    keep_io: bool = True,
 ) -> Outcome:
-    """`convert` with what the samples of ``ctx`` show and the kernels that its target has, as the outcome of a pass."""
+    """`convert` with what the samples of ``ctx`` show and the kernels that its target has, as the outcome of a pass.
+
+    Without ``keep_io`` followed by `convert_interface`.
+    """
     name_nodes(model)
     peaks: dict[str, float] = {}
     if kind is ir.DataType.FLOAT16 and len(ctx.calibration):
@@ -347,5 +412,7 @@ def lower(
         peaks = {name: max(-r.low, r.high) for name, r in seen.items() if r.low <= r.high}
     has_kernel = kernels(model, kind, ctx.target)
     done = convert(model, kind, peaks, keep=keep, store=store, has_kernel=has_kernel)
+    if not keep_io:
+        done.kept.update(convert_interface(model, kind, peaks))
     stats = {"converted": done.converted, "casts": done.casts, "weights_stored": done.stored, "kept": len(done.kept)}
     return Outcome(stats, [Skip(name, reason) for name, reason in done.kept.items()])

@@ -178,9 +178,11 @@ def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) ->
     """Squared error over the variance of the exact result, for the worst floating-point output; 0 is perfect.
 
     ``pairs`` are (exact outputs, other outputs) of each sample; errors and variances are summed over the samples.
-    Against the variance, so that a constant offset of an output does not hide errors.
+    Against the variance, so that a constant offset of an output does not hide errors. Where the exact result is NaN or
+    infinite nothing can be told; infinity where that is all there is.
     """
     worst = 0.0
+    seen = told = 0
     for index in range(len(pairs[0][0])):
         error = signal = 0.0
         for exact, other in pairs:
@@ -188,6 +190,7 @@ def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) ->
             if a.dtype.kind != "f" or not a.size:
                 continue
             kept = np.isfinite(a)
+            seen, told = seen + a.size, told + int(kept.sum())
             x = a[kept].astype(np.float64)
             error += float(np.square(x - b[kept]).sum())
             signal += float(np.square(x - x.mean()).sum() if x.size > 1 else np.square(x).sum())
@@ -195,7 +198,7 @@ def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) ->
             return np.inf
         if error:
             worst = max(worst, error / max(signal, 1e-12))
-    return worst
+    return worst if told or not seen else np.inf
 
 
 def _params_inputs(graph: ir.Graph, owner: str, stored: ir.DataType) -> tuple[ir.Value, ir.Value]:

@@ -132,12 +132,16 @@ def fidelity_table(fidelity: Mapping[str, Any]) -> RenderableType:
         agreement = entry["top1_agreement"]
         table.add_row(
             Text(entry["output"]),
-            f"{entry['relative_l2']:.1e}",
-            f"{entry['max_abs']:.1e}",
-            f"{entry['cosine']:.6f}",
+            _figure(entry["relative_l2"], ".1e"),
+            _figure(entry["max_abs"], ".1e"),
+            _figure(entry["cosine"], ".6f"),
             "" if agreement is None else f"{agreement:.1%}",
         )
     return Group(title, table)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
 
 
 def plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ spread over the ones to come along the inverse of H (Frantar et al., GPTQ, 2023;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -139,17 +140,36 @@ def round_columns(
         step, zero: of every element, (outputs, K) or broadcastable.
         spread: see `spreading`.
     """
+    step, zero = (np.broadcast_to(a, rows.shape) for a in (step, zero))
+    stored = np.empty(rows.shape)
+
+    def settle(k: int, column: np.ndarray) -> np.ndarray:
+        stored[:, k] = np.clip(np.rint(column / step[:, k]) + zero[:, k], low, high)
+        return np.asarray((stored[:, k] - zero[:, k]) * step[:, k])
+
+    settle_columns(rows, spread, settle)
+    return stored
+
+
+def settle_columns(
+    rows: np.ndarray, spread: tuple[np.ndarray, np.ndarray], settle: Callable[[int, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """``rows`` (outputs, K) with values that can be stored, chosen so that the product is off by least.
+
+    Args:
+        spread: see `spreading`.
+        settle: given the index of a column and what it would best be by now, (outputs,), the values to store.
+    """
     width = rows.shape[1]
     order, factor = spread
     left = rows[:, order].astype(np.float64)
-    step, zero = (np.broadcast_to(a, rows.shape)[:, order] for a in (step, zero))
     result = np.empty_like(left)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         errors = np.empty((len(left), stop - start))
         for k in range(start, stop):
-            result[:, k] = np.clip(np.rint(left[:, k] / step[:, k]) + zero[:, k], low, high)
-            errors[:, k - start] = (left[:, k] - (result[:, k] - zero[:, k]) * step[:, k]) / factor[k, k]
+            result[:, k] = settle(int(order[k]), left[:, k])
+            errors[:, k - start] = (left[:, k] - result[:, k]) / factor[k, k]
             left[:, k + 1 : stop] -= errors[:, k - start, None] * factor[k, k + 1 : stop]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     back = np.empty_like(result)

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from onnxslim import custom_ops, timing, worker
 from onnxslim import model as model_io
-from onnxslim import timing, worker
 from onnxslim.eps import PACKAGES, Ep
 from onnxslim.eps import PROVIDERS as PROVIDERS
 from onnxslim.errors import ModelError, UsageError
@@ -32,13 +32,15 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 class Runner:
     """A session together with the names it takes and gives: ``runner(feeds) -> {output: array}``.
 
+    Floats are converted where the session declares another float type than the sample has.
     ``again`` makes the session anew; with it, `rest` gives the memory of the session back until the next call.
     """
 
     def __init__(self, session: ort.InferenceSession, again: Callable[[], ort.InferenceSession] | None = None) -> None:
         self._session: ort.InferenceSession | None = session
         self._again = again
-        self.inputs = [i.name for i in session.get_inputs()]
+        self._declared = session.get_inputs()
+        self.inputs = [i.name for i in self._declared]
         self.outputs = [o.name for o in session.get_outputs()]
 
     @property
@@ -54,7 +56,7 @@ class Runner:
             self._session = None
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        results = self.session.run(None, {name: feeds[name] for name in self.inputs})
+        results = self.session.run(None, worker.fitted(self._declared, feeds))
         return dict(zip(self.outputs, results, strict=True))
 
 
@@ -73,6 +75,11 @@ def options(*, threads: int = 0, optimize: bool = True, optimized_path: str | No
     chosen.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if optimized_path is not None:
         chosen.optimized_model_filepath = optimized_path
+    for library in custom_ops.libraries():
+        try:
+            chosen.register_custom_ops_library(library)
+        except Exception as error:  # the binding raises many types
+            raise UsageError(f"{library}: ONNX Runtime cannot register it: {_first_line(error)}") from error
     return chosen
 
 

@@ -5,7 +5,8 @@ For every output (a sequence or map counts as several), over all samples togethe
 * relative L2 error ‖got - want‖ / ‖want‖ (the absolute norm where the reference is all zeros),
 * largest absolute error, and the same over the largest magnitude of the reference,
 * cosine, and how often the arg max along the class axis agrees,
-* how many elements are NaN or infinite in one of the two only.
+* how many elements are NaN or infinite in one of the two only, and how many are in the reference: about those nothing
+  else can be said, and the errors above are of the others.
 
 What a lossless pass may differ by depends on the type of the output (`TOLERANCE`). A graph that amplifies rounding, or
 that draws random numbers, moves by more than that when ONNX Runtime merely orders its own arithmetic differently; the
@@ -45,7 +46,11 @@ _CACHE = 256_000_000
 
 @dataclasses.dataclass(frozen=True)
 class OutputFidelity:
-    """How one output of the candidate differs from the original's; ``problem`` when the two cannot be compared."""
+    """How one output of the candidate differs from the original's; ``problem`` when the two cannot be compared.
+
+    ``retyped`` says when it has another float type; its values are compared all the same. Of ``elements`` elements
+    ``unjudged`` are NaN or infinite in the original. Where all are, errors are NaN.
+    """
 
     output: str
     dtype: str
@@ -58,6 +63,14 @@ class OutputFidelity:
     mismatches: int
     collapsed: bool = False
     problem: str | None = None
+    elements: int = 0
+    unjudged: int = 0
+    retyped: str | None = None
+
+    @property
+    def blind(self) -> bool:
+        """True when the original gives nothing that an error could be measured by."""
+        return 0 < self.elements == self.unjudged
 
     @property
     def tolerance(self) -> float:
@@ -77,8 +90,8 @@ class Fidelity:
 
     @property
     def relative_l2(self) -> float:
-        """The worst output's relative L2 error."""
-        return max((o.relative_l2 for o in self.outputs), default=0.0)
+        """The worst output's relative L2 error, of those that can be judged; NaN where none can."""
+        return max((o.relative_l2 for o in self.outputs if not o.blind), default=math.nan if self.outputs else 0.0)
 
     def broken(self, noise: Callable[[], Fidelity] | None = None) -> str | None:
         """Why a lossless pass must not do this, or None; ``noise`` gives what the original does to itself."""
@@ -86,7 +99,7 @@ class Fidelity:
         for output in self.outputs:
             if _within(output, 0.0, 0):
                 continue
-            if noise is not None and output.problem is None:
+            if noise is not None and output.problem is None and output.retyped is None:
                 floor = floor or noise()
                 own = next((o for o in floor.outputs if o.output == output.output), None)
                 if own is not None and _within(
@@ -106,8 +119,26 @@ class Fidelity:
                 lines.append(
                     f"output {output.output!r}: {output.nonfinite} values are NaN or infinite in one model only"
                 )
+            elif output.blind:
+                lines.append(
+                    f"output {output.output!r} is NaN or infinite everywhere in the original: on these samples nothing "
+                    "can be said about errors"
+                )
             elif output.collapsed:
                 lines.append(f"output {output.output!r} collapsed: it no longer depends on the input")
+        return lines
+
+    def notes(self) -> list[str]:
+        """What the errors do not cover."""
+        lines = []
+        for output in self.outputs:
+            if output.retyped is not None:
+                lines.append(f"output {output.output!r} {output.retyped}")
+            if output.unjudged and not output.blind:
+                lines.append(
+                    f"output {output.output!r}: {output.unjudged} of {output.elements} values are NaN or infinite in "
+                    "the original; errors are of the others"
+                )
         return lines
 
 
@@ -115,6 +146,8 @@ def describe(output: OutputFidelity) -> str:
     """One line on what is wrong with an output of a lossless pass."""
     if output.problem is not None:
         return f"output {output.output!r}: {output.problem}"
+    if output.retyped is not None:
+        return f"output {output.output!r} {output.retyped}"
     if output.nonfinite:
         return f"output {output.output!r}: {output.nonfinite} values are NaN or infinite in one model only"
     if output.mismatches:
@@ -129,9 +162,12 @@ def _within(output: OutputFidelity, allowance: float, nonfinite: int, may_mismat
     tolerance = max(output.tolerance, allowance)
     return (
         output.problem is None
+        and output.retyped is None
         and output.nonfinite <= nonfinite
         and (output.mismatches == 0 or may_mismatch)
-        and (tolerance == 0 or (output.relative_l2 <= tolerance and output.max_rel <= _PEAK * tolerance))
+        and (
+            output.blind or tolerance == 0 or (output.relative_l2 <= tolerance and output.max_rel <= _PEAK * tolerance)
+        )
     )
 
 
@@ -219,9 +255,10 @@ class _Pair:
         self.name = name
         self.dtype = ""
         self.problem: str | None = None
+        self.retyped: str | None = None
         self.error = self.want = self.got = self.dot = 0.0
         self.max_abs = self.peak = 0.0
-        self.nonfinite = self.mismatches = 0
+        self.nonfinite = self.mismatches = self.elements = self.unjudged = 0
         self.agree = self.rows = 0
         self._first: tuple[np.ndarray, np.ndarray] | None = None
         self._spread = [0.0, 0.0]
@@ -231,7 +268,13 @@ class _Pair:
             self.problem = self.problem or ("is missing" if got is None else "is not an output of the original")
             return
         self.dtype = str(want.dtype)
-        if want.shape != got.shape or want.dtype != got.dtype:
+        floats = want.dtype.kind in "fV" and got.dtype.kind in "fV"
+        if floats and want.dtype != got.dtype:
+            self.retyped = f"is {got.dtype}, in the original {want.dtype}"
+        elif want.dtype != got.dtype:
+            self.problem = self.problem or f"is {got.dtype}{list(got.shape)} instead of {want.dtype}{list(want.shape)}"
+            return
+        if want.shape != got.shape:
             self.problem = self.problem or (
                 f"is {got.dtype}{list(got.shape)} instead of {want.dtype}{list(want.shape)}"
             )
@@ -246,9 +289,12 @@ class _Pair:
     def _floats(self, want: np.ndarray, got: np.ndarray) -> None:
         wide = np.complex128 if want.dtype.kind == "c" else np.float64
         a, b = want.astype(wide).ravel(), got.astype(wide).ravel()
-        finite = np.isfinite(a) & np.isfinite(b)
+        self.elements += a.size
+        finite = np.isfinite(a)
+        self.unjudged += int(a.size - finite.sum())
+        finite &= np.isfinite(b)
         if not finite.all():
-            # Equal infinities and NaN in both are agreement.
+            # Equal infinities and NaN in both are agreement, though nobody knows what about.
             self.nonfinite += int(np.sum(~finite & ~((a == b) | (np.isnan(a) & np.isnan(b)))))
             a, b = a[finite], b[finite]
         if not a.size:
@@ -274,23 +320,30 @@ class _Pair:
         if want.shape[axis] < 2:
             return
         wide = np.float32 if want.dtype.kind == "V" else want.dtype
-        hits = np.argmax(want.astype(wide), axis) == np.argmax(got.astype(wide), axis)
+        want, got = want.astype(wide), got.astype(wide)
+        # NaN wins every arg max.
+        hits = (np.argmax(want, axis) == np.argmax(got, axis))[~np.isnan(want).any(axis)]
         self.agree += int(hits.sum())
         self.rows += hits.size
 
     def result(self) -> OutputFidelity:
         scale = math.sqrt(self.want * self.got)
+        blind = 0 < self.elements == self.unjudged
+        relative = math.sqrt(self.error / self.want) if self.want else math.sqrt(self.error)
         return OutputFidelity(
             output=self.name,
             dtype=self.dtype,
-            relative_l2=math.sqrt(self.error / self.want) if self.want else math.sqrt(self.error),
+            relative_l2=math.nan if blind else relative,
             max_abs=self.max_abs,
             max_rel=self.max_abs / self.peak if self.peak else self.max_abs,
-            cosine=self.dot / scale if scale else float(self.want == self.got),
+            cosine=math.nan if blind else self.dot / scale if scale else float(self.want == self.got),
             top1_agreement=self.agree / self.rows if self.rows else None,
             nonfinite=self.nonfinite,
             mismatches=self.mismatches,
             # Samples that differ give outputs that differ: a result that answers the same to all of them is dead.
             collapsed=self._spread[0] > 1e-6 * self.want and self._spread[1] < 1e-6 * self._spread[0],
             problem=self.problem,
+            elements=self.elements,
+            unjudged=self.unjudged,
+            retyped=self.retyped,
         )

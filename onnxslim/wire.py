@@ -10,8 +10,10 @@ field is a tag (number and wire type) and a payload, and a payload of wire type 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -179,6 +181,18 @@ def write(parts: list[Piece], file: BinaryIO) -> None:
             part.tofile(file)  # copied by the system
         else:
             file.write(part.tobytes())
+
+
+def deflated(parts: list[Piece]) -> int:
+    """Bytes of ``parts`` once they are compressed as zip and gzip do by default; one weight at a time is in memory."""
+    packer = zlib.compressobj()
+    length = 0
+    for part in parts:
+        length += len(packer.compress(part if isinstance(part, bytes) else part.tobytes()))
+        if isinstance(part, ir.ExternalTensor):
+            with contextlib.suppress(BufferError):  # somebody still holds the array
+                part.release()
+    return length + len(packer.flush())
 
 
 def _around(message: Any, number: int) -> tuple[bytes, bytes]:

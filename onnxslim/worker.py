@@ -15,6 +15,7 @@ stdin and stdout; arrays travel as ``.npz`` files. A request is ``{"do": NAME, .
     threads_option  name of the provider's own option for the number of threads
     affinity   cores that the process may use
     bind       ``cuda``: inputs and outputs stay on the device and every pass ends with a synchronization
+    custom_ops libraries of custom operators, absolute paths
     graph      capture the work of a pass once and replay it (CUDA graphs; implies fixed shapes)
 """
 
@@ -39,6 +40,7 @@ from typing import Any
 import numpy as np
 
 Call = Callable[[int], Any]
+_FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
 # Warming up ends when three passes in a row are not faster than the three before them by this share.
 _SETTLED, _WINDOW, _MOST_WINDOWS = 0.05, 3, 8
 
@@ -60,6 +62,20 @@ def warm_up(call: Call, seconds: float = 1.0) -> list[float]:
             break
         best = min(best, window)
     return spent
+
+
+def fitted(inputs: Sequence[Any], feed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a session with ``inputs`` takes of a sample; floats are converted where it declares another float type."""
+    wanted = {i.name: _FLOATS.get(i.type) for i in inputs}
+    arrays = {name: feed[name] for name in wanted}
+    return {
+        name: array.astype(kind) if (kind := wanted[name]) is not None and _other_float(array, kind) else array
+        for name, array in arrays.items()
+    }
+
+
+def _other_float(array: Any, kind: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.dtype != kind
 
 
 def waiting() -> float:
@@ -160,7 +176,7 @@ class Session:
         lacking = [name for name in names if feeds and name not in feeds[0]]
         if lacking:
             raise ValueError(f"{path}: has the input {lacking[0]!r}, the samples have {sorted(feeds[0])}")
-        self.feeds = [{name: feed[name] for name in names} for feed in feeds]
+        self.feeds = [fitted(self.session.get_inputs(), feed) for feed in feeds]
         self._bound: list[Any] = []
         self._call: Call = self._plain
         if ep.get("bind"):
@@ -210,6 +226,8 @@ def session_arguments(
     chosen.inter_op_num_threads = 1
     for key, value in {**ep.get("config", {}), **(config or {})}.items():
         chosen.add_session_config_entry(key, value)
+    for library in ep.get("custom_ops", ()):
+        chosen.register_custom_ops_library(library)
     if profile:
         chosen.enable_profiling = True
         chosen.profile_file_prefix = profile

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxslim import custom_ops
 from onnxslim.eps import Ep
 from onnxslim.errors import ModelError, UsageError
 
@@ -34,7 +35,7 @@ class Process:
     def __init__(self, ep: Ep, python: str, folder: Path) -> None:
         self.ep = ep
         self.python = python
-        self.request = ep.request()
+        self.request = {**ep.request(), "custom_ops": list(custom_ops.libraries())}
         # From a folder of its own: beside this file the names of our modules would hide those of the library.
         script = folder / "worker.py"
         if not script.exists():

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
-import onnx_ir as ir
-
-from onnxslim.blockwise import Format, store
-from onnxslim.contract import Context, Effect, Outcome, Pass
+from onnxslim.blockwise import WeightOnly
 
 
 @dataclasses.dataclass(frozen=True)
-class Int4(Pass):
+class Int4(WeightOnly):
     """Stores the weights of MatMul and Gemm in 4 bits, with a scale and zero point per block; for large decoders.
 
     ONNX Runtime runs them as MatMulNBits (opset 21, to which the model is raised), which reads a fraction of the bytes.
@@ -27,20 +23,4 @@ class Int4(Pass):
     """
 
     name: ClassVar[str] = "int4"
-    effect: ClassVar[Effect] = Effect.LOSSY
-    wants: ClassVar[Sequence[str]] = ("simplify", "fold")
-    last: ClassVar[bool] = True
-
-    block: int = 32
-    keep: tuple[str, ...] = ()
-    samples: int = 32
-
-    def __post_init__(self) -> None:
-        self.require(
-            self.block >= 16 and self.block & (self.block - 1) == 0,
-            f"block={self.block} must be a power of two and at least 16",
-        )
-        self.require(self.samples >= 1, f"samples={self.samples} must be at least 1")
-
-    def apply(self, model: ir.Model, ctx: Context) -> Outcome:
-        return store(model, Format(4, self.block), ctx, keep=self.keep, samples=self.samples)
+    bits: ClassVar[int] = 4

@@ -51,6 +51,9 @@ class SessionOptions:
     def add_session_config_entry(self, key, value):
         self.entries[key] = value
 
+    def register_custom_ops_library(self, path):
+        log("custom_ops", path)
+
     def add_provider_for_devices(self, devices, options):
         log("devices", [d.ep_name for d in devices], options)
 
@@ -88,7 +91,7 @@ class InferenceSession:
         self.fell_back = "fallback" in path
 
     def get_inputs(self):
-        return [SimpleNamespace(name="x")]
+        return [SimpleNamespace(name="x", type="tensor(float)")]
 
     def get_outputs(self):
         return [SimpleNamespace(name="y")]

@@ -8,7 +8,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxslim import runtime
+
 SIZE = 32
+OPS = ("Conv", "Gemm", "MatMul")
 RIGHT_AXIS = {"Conv": 0, "Gemm": 1, "MatMul": 1}
 
 
@@ -29,7 +32,7 @@ def group(
     per_tensor: bool = False,
     copies: int = 1,
 ) -> onnx.ModelProto:
-    """``x`` → Q → DQ → product → Relu → Q → DQ → ``y``; the weight is square.
+    """``x`` → Q → DQ → product → Relu → Q → DQ → ``y``; the weight is square, in 7 bits: no CPU saturates.
 
     Weights have 7 bits, so that kernels without VNNI, which add two products in 16 bits, compute the same.
 
@@ -128,12 +131,33 @@ DEFECTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def planted(op: str, name: str) -> onnx.ModelProto | None:
-    """`group` with a defect; None where the operator cannot have it."""
-    rule, arguments = DEFECTS[name]
-    if (rule == "float-bias" and op != "Gemm") or (rule == "bias-scale" and op == "MatMul"):
-        return None
-    if (rule == "matmul-add" and op != "MatMul") or (rule == "several-readers" and op != "Conv"):
-        return None
+def _can_have(op: str, rule: str) -> bool:
+    """Whether a product of this kind can break a rule."""
+    only = {
+        "float-bias": {"Gemm"},
+        "matmul-add": {"MatMul"},
+        "several-readers": {"Conv"},
+        "bias-scale": {"Conv", "Gemm"},
+    }
+    return op in only.get(rule, OPS)
+
+
+# Every operator with every defect that it can have.
+PLANTED = [(op, defect) for op in OPS for defect, (rule, _) in DEFECTS.items() if _can_have(op, rule)]
+
+
+def planted(op: str, defect: str) -> onnx.ModelProto:
+    """`group` with a defect, one of `PLANTED`."""
     wrong = 1 - RIGHT_AXIS[op]
-    return group(op, **{k: wrong if v == "wrong" else v for k, v in arguments.items()})
+    return group(op, **{k: wrong if v == "wrong" else v for k, v in DEFECTS[defect][1].items()})
+
+
+def outputs(proto: onnx.ModelProto, op: str, *, optimize: bool, seed: int = 0) -> dict[str, np.ndarray]:
+    """What ONNX Runtime makes of a model that `group` gave: by its integer kernels, or as the file says."""
+    return runtime.load(proto.SerializeToString(), optimize=optimize)(feed(op, seed))
+
+
+def gap(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Largest relative L2 distance of an output of ``other`` from that of ``one``."""
+    assert list(one) == list(other)
+    return max(float(np.linalg.norm(other[n] - a) / np.linalg.norm(a)) for n, a in one.items())

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper
 
+import onnxslim
 from onnxslim import data, runtime
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Outcome
@@ -205,3 +206,44 @@ def test_any_graph_stays_valid_and_close(case: tuple[onnx.ModelProto, dict[str, 
         scale = np.linalg.norm(want) + 1e-3 * np.sqrt(want.size)
         amplified = np.linalg.norm(moved[name] - want) / scale
         assert np.linalg.norm(got[name] - want) / scale < max(0.02, 30 * amplified)
+
+
+@pytest.mark.parametrize("chosen", [Fp16(keep_io=False), Fp16(keep_io=False, keep=("Gemm", "Conv"))])
+def test_inputs_and_outputs_in_half_precision(chosen: Fp16) -> None:
+    """The casts at the border go where the inside computes in the type, and stand there where it does not."""
+    model = model_io.load(tiny_proto())
+    feed = {"x": RNG.standard_normal((2, 2, 8, 8)).astype(np.float32)}
+    want = runtime.load(tiny_proto().SerializeToString())(feed)["y"]
+    half, _ = apply(model, chosen, [feed])
+    check(half)
+    assert [v.dtype for v in (*half.graph.inputs, *half.graph.outputs)] == [HALF, HALF]
+    assert [v.name for v in (*half.graph.inputs, *half.graph.outputs)] == ["x", "y"]
+    session = runtime.load(half)
+    assert session.session.get_inputs()[0].type == "tensor(float16)"
+    got = session(feed)["y"]  # the sample is converted
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, want, rtol=0.02, atol=0.02)
+
+
+def test_an_input_that_would_overflow_keeps_its_type() -> None:
+    model = build([helper.make_node("Relu", ["x"], ["y"])], {})
+    half, outcome = apply(model, Fp16(keep_io=False), [{"x": np.full((1, 8), 1e5, np.float32)}])
+    assert [v.dtype for v in (*half.graph.inputs, *half.graph.outputs)] == [FLOAT, FLOAT]
+    assert any(s.node == "x" and "1e+05" in s.reason for s in outcome.skipped)
+
+
+def test_only_a_pass_that_says_so_may_change_the_interface() -> None:
+    batches = [{"x": RNG.standard_normal((1, 2, 8, 8)).astype(np.float32)} for _ in range(4)]
+    result = onnxslim.optimize(tiny_proto(), "fp16(keep_io=false)", calibration=batches, bench=False)
+    assert result.exit_code == 0
+    assert result.model.graph.inputs[0].dtype == HALF
+    (output,) = result.report.fidelity["outputs"]  # type: ignore[index]
+    assert 0 < output["relative_l2"] < 0.01
+    assert any("'y' is float16, in the original float32" in line for line in result.report.warnings)
+
+
+def test_a_pass_that_does_not_say_so_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fp16, "retypes", False)
+    result = onnxslim.optimize(tiny_proto(), "fp16(keep_io=false)", bench=False)
+    assert result.model.graph.inputs[0].dtype == FLOAT
+    assert any("changes the type of 'x'" in line for line in result.report.warnings)

@@ -131,21 +131,28 @@ def _values(model: ir.Model) -> list[ir.Value]:
 
 
 def observe_ranks(model: ir.Model, data: Data, ctx: Context) -> list[str]:
-    """Give values of the main graph whose rank does not follow from the inputs the rank that one sample shows.
+    """Give values of the main graph whose type or rank does not follow from the inputs those that one sample shows.
 
-    Returns the names of these values; `forget_ranks` undoes it, because the rank may differ for other inputs.
+    Returns the names of the values without a rank; `forget_ranks` undoes it, because the rank may differ for other
+    inputs. Types may not: behind an operator of another domain they stay.
     """
-    unknown = [v.name for node in model.graph for v in node.outputs if v.name and v.shape is None and v.uses()]
-    if not unknown:
+    values = [v for node in model.graph for v in node.outputs if v.name and v.uses()]
+    unknown = [v.name for v in values if v.name and v.shape is None]
+    untyped = {v.name for v in values if v.type is None}
+    if not unknown and not untyped:
         return []
     feeds = [data.feed(data[0])]
-    ranks = {
-        n: np.ndim(a) for found in runtime.tap(model, unknown, feeds, threads=ctx.threads) for n, a in found.items()
-    }
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name in ranks:
-                value.shape = ir.Shape([None] * ranks[value.name])
+    (seen,) = runtime.tap(
+        model, dict.fromkeys((*unknown, *sorted(n for n in untyped if n))), feeds, threads=ctx.threads
+    )
+    for value in values:
+        array = seen.get(value.name or "")
+        if not isinstance(array, np.ndarray):  # a sequence
+            continue
+        if value.shape is None:
+            value.shape = ir.Shape([None] * array.ndim)
+        if value.name in untyped and array.dtype.kind in "fiub":
+            value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
     return unknown
 
 

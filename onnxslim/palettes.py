@@ -1,0 +1,105 @@
+"""Weights that share a few values: the values, and which of them each weight takes.
+
+The values of a weight are the means of k clusters of its numbers on a line (Lloyd, Least squares quantization in PCM,
+1982), found on sorted numbers with running sums, so that a step costs k searches whatever the size of the weight. With
+the second moments of what the weight multiplies, numbers count by the mean square of their input, and which value each
+takes is chosen so that the product, not the weight, is off by least (`onnxslim.rounding`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+from scipy import linalg
+
+from onnxslim.rounding import settle_columns, spreading
+from onnxslim.weights import Weight
+
+STEPS, STILL = 200, 1e-6
+# Share of exact zeros from which on zero is a value of its own.
+SPARSE = 0.01
+_BINS = 4096
+
+
+def shared(weight: Weight, array: np.ndarray, count: int, moments: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``count`` sorted values, float32, and which of them each number takes, uint8 in the shape of ``array``.
+
+    Args:
+        count: at most 256.
+        moments: (groups, K, K), see `Weight.moments`; None where they are not known.
+    """
+    rows = weight.rows(np.asarray(array, np.float32))
+    importance = None
+    if moments is not None:
+        diagonal = np.diagonal(moments, axis1=1, axis2=2)[:, None]
+        importance = np.broadcast_to(np.maximum(diagonal, 1e-6 * diagonal.mean()), rows.shape)
+    values = palette(rows, count, importance)
+    index = nearest(values, rows)
+    if moments is not None:
+        for group, part in enumerate(rows):
+            index[group] = _refined(part, values, index[group], moments[group])
+    return values, weight.restored(index, array.shape)
+
+
+def palette(numbers: np.ndarray, count: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """At most ``count`` sorted values, float32, with a small squared distance of ``numbers`` from the nearest.
+
+    Zero is one of them where more than a few numbers are exactly zero. ``importance`` has the shape of ``numbers``.
+    """
+    flat = numbers.reshape(-1)
+    weights = np.ones(flat.size) if importance is None else np.asarray(importance, np.float64).reshape(-1)
+    kept = flat != 0
+    if count > 1 and kept.mean() <= 1 - SPARSE:
+        found = _lloyd(flat[kept], count - 1, weights[kept]) if kept.any() else flat[:0]
+        return np.unique(np.append(found, np.float32(0)))
+    return _lloyd(flat, count, weights)
+
+
+def nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The index, uint8, of the nearest of the sorted ``values`` to each of ``numbers``; of zero to zero, if there."""
+    index = np.searchsorted((values[1:] + values[:-1]) / 2, numbers)
+    return index.astype(np.uint8)
+
+
+def _lloyd(numbers: np.ndarray, count: int, weights: np.ndarray) -> np.ndarray:
+    order = np.argsort(numbers, kind="stable")
+    numbers, weights = numbers[order].astype(np.float64), weights[order]
+    distinct = np.unique(numbers)
+    if len(distinct) <= count:
+        return distinct.astype(np.float32)
+    mass = np.concatenate([[0.0], np.cumsum(weights)])
+    moment = np.concatenate([[0.0], np.cumsum(weights * numbers)])
+    # Where many values serve a density f, their best density goes with its cube root (Panter and Dite, 1951).
+    density, edges = np.histogram(numbers, _BINS, weights=weights)
+    below = np.concatenate([[0.0], np.cumsum(np.cbrt(density))])
+    values = np.interp((np.arange(count) + 0.5) / count * below[-1], below, edges)
+    for _ in range(STEPS):
+        cuts = np.concatenate([[0], np.searchsorted(numbers, (values[1:] + values[:-1]) / 2), [len(numbers)]])
+        inside = np.diff(mass[cuts])
+        means = np.where(inside > 0, np.diff(moment[cuts]) / np.maximum(inside, 1e-300), values)
+        moved = np.abs(means - values).max()
+        values = np.maximum.accumulate(means)
+        if moved <= STILL * (numbers[-1] - numbers[0]):
+            break
+    return np.unique(values.astype(np.float32))
+
+
+def _refined(rows: np.ndarray, values: np.ndarray, plain: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """``plain`` again where another choice gives a nearer product; zeros keep their value."""
+    spread = None
+    with contextlib.suppress(linalg.LinAlgError):  # singular to working precision: the nearest stay
+        spread = spreading(moments)
+    if spread is None:
+        return plain
+    index = plain.copy()
+    fixed = (rows == 0) & (values[plain] == 0)
+
+    def settle(k: int, column: np.ndarray) -> np.ndarray:
+        index[:, k] = np.where(fixed[:, k], plain[:, k], nearest(values, column))
+        return values[index[:, k]]
+
+    settle_columns(rows, spread, settle)
+    gaps = [values[choice] - rows for choice in (plain, index)]
+    costs = [((gap @ moments) * gap).sum(1) for gap in gaps]
+    return np.where((costs[1] < costs[0])[:, None], index, plain)
