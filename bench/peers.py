@@ -1,8 +1,9 @@
 """Runs other people's tools on a model, as their documentation says to: the recipes named `peer:...` of bench/zoo.py.
 
-`peer:ort-int8` is ONNX Runtime's own static quantization and runs in this environment. The simplifiers `peer:onnxslim`
-(the unrelated tool of the same name) and `peer:onnxsim` get a virtual environment each, made on first use in
-`peers/` beside the zoo's cache.
+`peer:ort-int8` is ONNX Runtime's own static quantization and runs in this environment. The others get a virtual
+environment each, made on first use in `peers/` beside the zoo's cache: the simplifiers `peer:onnxslim` (the unrelated
+tool of the same name) and `peer:onnxsim`, and the quantizers of bench/quantizers.py, which calibrate on the same
+samples: `peer:nncf` (OpenVINO's), `peer:quark` (AMD's) and `peer:inc` (Neural Compressor).
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from bench import quantizers
 from models.packages import cache_root
 
 PREFIX = "peer:"
@@ -24,7 +24,8 @@ PREFIX = "peer:"
 class Peer:
     """A tool: packages of its own environment and the program run there with the input and the output file.
 
-    Without packages it is a function of this module, run in this environment with the calibration data as well.
+    Without a program it is a function of bench/quantizers.py, which gets the calibration data as well, or, without
+    packages, a function of this module, run in this environment.
     """
 
     name: str
@@ -41,9 +42,15 @@ class Peer:
         if not self.packages:
             return [sys.executable, "-m", "bench.peers", self.name, str(source), str(target), str(calibration)]
         # Isolated: this repository has a package of the same name as one of the tools.
-        return [str(environment(self.name, self.packages)), "-I", "-c", self.program, str(source), str(target)]
+        isolated = [str(environment(self.name, self.packages)), "-I"]
+        if self.program:
+            return [*isolated, "-c", self.program, str(source), str(target)]
+        script = Path(__file__).with_name("quantizers.py")
+        samples = single(source, calibration, target.with_name("samples"))
+        return [*isolated, str(script), self.name, str(source), str(target), str(samples)]
 
 
+_UNDECLARED = ("prettytable", "psutil", "py-cpuinfo", "pydantic", "scipy", "transformers")
 PEERS = {
     peer.name: peer
     for peer in (
@@ -63,8 +70,26 @@ PEERS = {
                 "onnx.save(model, sys.argv[2]); sys.exit(not same)"
             ),
         ),
+        Peer("nncf", lossless=False, packages=("nncf==3.4.0", "onnx==1.23.2", "onnxruntime==1.32.0")),
+        Peer("quark", lossless=False, packages=("amd-quark==0.13", "onnxruntime==1.32.0", "torch==2.13.0")),
+        Peer(
+            "inc",
+            lossless=False,
+            # It imports more than it says it requires.
+            packages=("onnx-neural-compressor==1.0", "onnxruntime==1.32.0", *_UNDECLARED),
+        ),
     )
 }
+
+
+def single(source: Path, calibration: Path, folder: Path) -> Path:
+    """``folder`` with one file for each sample of the calibration data, as bench/quantizers.py reads them."""
+    from onnxslim import data, model, workers
+
+    samples = data.open_data(calibration, data.input_specs(model.load(source)))
+    folder.mkdir()
+    workers.write_feeds(list(samples.feeds()), folder, "sample")
+    return folder
 
 
 def environment(name: str, packages: tuple[str, ...]) -> Path:
@@ -78,17 +103,6 @@ def environment(name: str, packages: tuple[str, ...]) -> Path:
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
         done.write_text("\n".join(packages))
     return python
-
-
-class Reader:
-    """Calibration samples in the form `quantize_static` wants: `get_next` until None."""
-
-    def __init__(self, feeds: list[Mapping[str, Any]]) -> None:
-        self._left = iter(feeds)
-
-    def get_next(self) -> Mapping[str, Any] | None:
-        """The next sample."""
-        return next(self._left, None)
 
 
 def ort_int8(source: Path, target: Path, calibration: Path) -> list[str]:
@@ -112,7 +126,7 @@ def ort_int8(source: Path, target: Path, calibration: Path) -> list[str]:
     quantize_static(
         str(prepared),
         str(target),
-        Reader(list(samples.feeds())),
+        quantizers.Reader([dict(feed) for feed in samples.feeds()]),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,

@@ -82,6 +82,7 @@ def chain(nodes: int) -> onnx.ModelProto:
 
 
 def main() -> None:
+    """Print the table."""
     print(f"{'nodes':>8} {'after':>8} {'load s':>8} {'simplify s':>11} {'µs per node':>12}")
     for size in [int(text) for text in sys.argv[1:]] or [1000, 5000, 20000]:
         proto = chain(size)

@@ -31,7 +31,7 @@ from bench import peers, steps
 from bench.table import Row, compare, differing, render
 from models import zoo
 from models.packages import ZooError
-from onnxslim import doctor, pipeline
+from onnxslim import doctor, eps, pipeline
 from onnxslim.contract import Effect
 from onnxslim.errors import OnnxslimError
 
@@ -54,13 +54,14 @@ class StepError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How every cell is run: threads of every session, limits per process, and where the files go."""
+    """How every cell is run: threads of every session, limits per process, where the files go and are timed."""
 
     folder: Path
     threads: int = 2
     seconds: float = 3.0
     timeout: float = 1800.0
     samples: int | None = None
+    ep: str = "cpu"
 
 
 def recipes(text: str) -> dict[str, bool]:
@@ -186,7 +187,8 @@ def time_all(model: dict[str, Any], made: list[tuple[Row, Path]], folder: Path, 
     """Measure all files made of one model together, so that their ratios hold against each other too."""
     if not made:
         return
-    request = {"model": model, "files": [str(target) for _, target in made], "seconds": setting.seconds}
+    files = [str(target) for _, target in made]
+    request = {"model": model, "files": files, "seconds": setting.seconds, "ep": setting.ep}
     try:
         for (row, _), latency in zip(made, ask("latency", request, folder, setting), strict=True):
             row.latency = latency
@@ -233,12 +235,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--passes", default=DEFAULT, metavar="LIST", help=f"default: {DEFAULT}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results with their environment")
     parser.add_argument("--threads", type=int, default=2, help="of every session (default: 2)")
+    parser.add_argument(
+        "--ep", default="cpu", help="execution provider to time on, as 'onnxslim bench --ep' (default: cpu)"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="of latency measuring for each file (default: 3)")
     parser.add_argument("--samples", type=int, metavar="N", help="at most N samples of calibration and evaluation data")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a process may take (default: 1800)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files that were made (a new folder)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two results")
     options = parser.parse_args(arguments)
+    try:
+        several = len(eps.parse(options.ep)) > 1
+    except OnnxslimError as error:
+        parser.error(str(error))
+    if several:
+        parser.error("--ep: give one execution provider")
     if min(options.threads, options.timeout, options.seconds) <= 0 or (options.samples or 1) < 1:
         parser.error("--threads, --seconds, --samples and --timeout must be positive")
     return options
@@ -247,8 +258,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run_all(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Run every cell; the results so far are kept after each model."""
     chosen = recipes(options.passes)
-    setting = Setting(folder, options.threads, options.seconds, options.timeout, options.samples)
-    environment = {**doctor.environment(), "threads": options.threads, "samples": options.samples}
+    setting = Setting(folder, options.threads, options.seconds, options.timeout, options.samples, options.ep)
+    environment = {**doctor.environment(), **{key: getattr(options, key) for key in ("threads", "samples", "ep")}}
     rows: list[Row] = []
     for model in choose(options.names):
         rows += measure(model, chosen, setting)

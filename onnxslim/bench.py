@@ -16,6 +16,7 @@ from onnxslim.contract import NoProgress, Progress
 from onnxslim.eps import Ep, parse
 from onnxslim.errors import ModelError, UsageError
 from onnxslim.pages import samples
+from onnxslim.plots import Span, Spans
 from onnxslim.sheet import Column, Row, Sheet
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ Feeds = Sequence[Mapping[str, np.ndarray]]
 _PROFILED = 9
 # Samples that latency is measured on.
 _SAMPLES = 8
+# Bars of a plot of kernels.
+_PLOTTED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,10 +414,38 @@ def table(facts: Mapping[str, Any]) -> RenderableType:
     for sheet in sheets(facts):
         parts += [sheet.table(), Text()]
     blocks = facts["bench"][0]["blocks"]
+    parts += plots(facts)
     about = (
         f"{facts['data']}, shapes {facts['shapes']}; intervals {facts['confidence']:.0%}, {blocks} blocks of sessions"
     )
     return Group(*parts, Text(about))
+
+
+def plots(facts: Mapping[str, Any]) -> list[RenderableType]:
+    """Latencies and speeds as bars on a terminal, and the time of the kernels where they were profiled."""
+    from rich.text import Text
+
+    several = [key for key in ("ep", "threads", "batch") if len({row[key] for row in facts["bench"]}) > 1]
+
+    def label(row: Row) -> str:
+        return " ".join([Path(row["file"]).name, *(row[k] if k == "ep" else f"{k} {row[k]}" for k in several)])
+
+    rows = facts["bench"]
+    times = [
+        Span(label(r), r["latency_ms"]["p10"], r["latency_ms"]["p90"], f"{r['latency_ms']['median']:.3f} ms")
+        for r in rows
+    ]
+    around = [r["over_first"]["interval"] for r in rows]
+    speeds = [Span(label(r), low, high, _over_first(r)) for r, (low, high) in zip(rows, around, strict=True)]
+    found: list[RenderableType] = [
+        Spans("milliseconds of a pass, 10th to 90th percentile, and the median", times),
+        Spans(f"speed over the first, {facts['confidence']:.0%} interval", speeds),
+    ]
+    if "kernels" in facts:
+        kernels = operators(facts["kernels"])[:_PLOTTED]
+        bars = [Span(f"{Path(r['file']).name} {r['operator']}", 0.0, r["ms"], f"{r['share']:.1%}") for r in kernels]
+        found.append(Spans("milliseconds of the kernels of a pass, and their share of it", bars))
+    return [*found, Text()]
 
 
 def _speed(speedup: float, interval: Sequence[float]) -> str:

@@ -14,6 +14,7 @@ from onnxslim import model as model_io
 from onnxslim.contract import Progress
 from onnxslim.errors import UsageError
 from onnxslim.pages import samples
+from onnxslim.plots import Span, Spans
 from onnxslim.report import fidelity_table, plain
 from onnxslim.sheet import Column, Sheet
 
@@ -100,7 +101,8 @@ def table(facts: Mapping[str, Any]) -> RenderableType:
         change = entry["other"] - entry["original"]
         parts.append(Text(f"{entry['name']}: {entry['original']:.4f} and {entry['other']:.4f} ({change:+.4f})"))
     if "layers" in facts:
-        parts += [Text(), sheets(facts)[1].table()]
+        bars = [Span(row["layer"], 0.0, row["added"], f"{row['added']:.1e}") for row in facts["layers"]]
+        parts += [Text(), sheets(facts)[1].table(), Spans("error added by each layer", bars), Text()]
         worst = max(facts["layers"], key=lambda row: row["added"], default=None)
         if worst is not None and worst["added"] > 0:
             parts.append(Text(f"most of the error comes in at {worst['layer']} ({worst['added']:.1e})"))

@@ -62,6 +62,7 @@ class NoProgress:
     """Shows nothing."""
 
     def track(self, items: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:
+        """Yield ``items`` unchanged."""
         yield from items
 
 

@@ -15,9 +15,12 @@ from onnxslim import cost, integer
 from onnxslim import model as model_io
 from onnxslim.checks import generated
 from onnxslim.errors import DataError, ModelError
+from onnxslim.plots import Span, Spans
 from onnxslim.sheet import Column, Sheet
 
 Shapes = Mapping[str, Sequence[int]]
+# Bars of a plot of nodes.
+_PLOTTED = 16
 
 
 def inspect(source: Any, shapes: Shapes, ep: str | None = None) -> dict[str, Any]:
@@ -81,7 +84,11 @@ def table(facts: Mapping[str, Any], nodes: bool) -> RenderableType:
     if facts["unknown_macs"]:
         notes.append(Text(f"! MACs of {len(facts['unknown_macs'])} nodes could not be counted", "yellow"))
     proof = [] if facts["integer"] is None else [Text(), *_integer_tables(facts["integer"])]
-    return Group(*notes, head, Text(), sheets(facts, nodes)[0].table(), *proof)
+    bars = [Span(op, 0.0, row["macs"], f"{row['macs']:,}") for op, row in facts["operators"].items() if row["macs"]]
+    if nodes:
+        dearest = sorted(facts["table"], key=lambda row: -row["macs"])[:_PLOTTED]
+        bars = [Span(row["name"], 0.0, row["macs"], f"{row['macs']:,}") for row in dearest if row["macs"]]
+    return Group(*notes, head, Text(), sheets(facts, nodes)[0].table(), *proof, Spans("MACs", bars))
 
 
 def _integer_tables(proof: Mapping[str, Any]) -> list[RenderableType]:

@@ -70,6 +70,7 @@ def texts(message: Any) -> Iterator[Any]:
 
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of the model: initializers and attributes, those of subgraphs and functions too."""
     stack: list[Any] = [proto.graph, *proto.functions]
     while stack:
         graph = stack.pop()
@@ -88,6 +89,11 @@ def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def check_external(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
+    """Refuse external data that is not whole, or not in ``folder``.
+
+    Raises:
+        ModelError: a file is missing, too short, or outside the folder; or there is no folder to look in.
+    """
     sizes: dict[str, int] = {}
     for tensor in tensors(proto):
         if not is_external(tensor):
@@ -125,6 +131,7 @@ def check_external(proto: onnx.ModelProto, where: str, folder: Path | None) -> N
 
 
 def densify(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """``proto``, or where it has sparse initializers a copy with dense ones in their place."""
     graphs = [proto.graph]
     for graph in graphs:
         graphs.extend(a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)

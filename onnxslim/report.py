@@ -91,7 +91,10 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
+        from onnxslim.plots import Span, Spans
+
         parts: list[RenderableType] = [Text(f"! {line}", "yellow") for line in self.to_dict()["warnings"]]
+        bars: list[Span] = []
         sizes = Table("", "before", "after", "", box=None, pad_edge=False)
         for column in sizes.columns[1:]:
             column.justify = "right"
@@ -103,10 +106,13 @@ class Report:
             low, high = entry["interval"]
             faster = f"{entry['speedup']:.2f}x ({low:.2f} to {high:.2f})"
             sizes.add_row(f"ms on {entry['ep']}", f"{old:.3f}", f"{new:.3f}", faster)
+            for which, key in (("original", "original_latency_ms"), ("result", "latency_ms")):
+                ms = entry[key]
+                bars.append(Span(f"{which} on {entry['ep']}", ms["p10"], ms["p90"], f"{ms['median']:.3f} ms"))
         if self.metric is not None:
             old, new = self.metric["before"], self.metric["after"]
             sizes.add_row(str(self.metric["name"]), f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}")
-        parts.append(sizes)
+        parts += [sizes, Spans("milliseconds of a pass, 10th to 90th percentile, and the median", bars)]
         if self.fidelity is not None:
             parts += [Text(), fidelity_table(self.fidelity)]
         ran = Table("pass", "seconds", "did", "left alone", box=None, pad_edge=False)

@@ -85,6 +85,7 @@ def elementwise(c: Coupling, node: ir.Node) -> None:
 
 @rule("MatMul")
 def matmul(c: Coupling, node: ir.Node) -> None:
+    """The inner axes are contracted; every other axis of the result is one of an operand, or of both."""
     left, right = data(node, 0), data(node, 1)
     a, b = c.axes(left), c.axes(right)
     why = reason(node, "contracted with an axis that cannot be cut")
@@ -117,6 +118,7 @@ def matmul(c: Coupling, node: ir.Node) -> None:
 
 @rule("Gemm")
 def gemm(c: Coupling, node: ir.Node) -> None:
+    """MatMul of matrices that may be transposed, with a bias along the columns of the result."""
     a, b = c.axes(data(node, 0)), c.axes(data(node, 1))
     ta, tb = attribute(node, "transA", 0), attribute(node, "transB", 0)
     c.tie(a[0 if ta else 1], b[1 if tb else 0], reason(node, "contracted with an axis that cannot be cut"))
@@ -135,6 +137,7 @@ def gemm(c: Coupling, node: ir.Node) -> None:
 
 @rule("Einsum")
 def einsum(c: Coupling, node: ir.Node) -> None:
+    """Letters tie axes: one that the result lacks is contracted; at most two operands without an ellipsis."""
     equation = attribute(node, "equation").replace(" ", "")
     terms, arrow, result = equation.partition("->")
     letters = terms.split(",")
@@ -223,6 +226,7 @@ def convolution(c: Coupling, node: ir.Node) -> None:
 
 @rule("BatchNormalization")
 def batch_normalization(c: Coupling, node: ir.Node) -> None:
+    """Statistics, scale and bias have the channels of axis 1."""
     axes = list(c.axes(data(node)))
     for value in node.inputs[1:]:
         if value is not None and c.shape(value)[0] > 1:
@@ -232,6 +236,7 @@ def batch_normalization(c: Coupling, node: ir.Node) -> None:
 
 @rule("InstanceNormalization")
 def instance_normalization(c: Coupling, node: ir.Node) -> None:
+    """Scale and bias have the channels of axis 1; axes behind it are averaged over and cannot be cut."""
     axes = passed(c, node, range(2, len(c.shape(data(node)))), "normalized over this axis")
     for value in node.inputs[1:]:
         if value is not None and c.shape(value)[0] > 1:
@@ -260,6 +265,7 @@ def group_normalization(c: Coupling, node: ir.Node) -> None:
     "SkipSimplifiedLayerNormalization"
 )
 def layer_normalization(c: Coupling, node: ir.Node) -> None:
+    """Axes from ``axis`` on are averaged over: neither they nor scale and bias can be cut."""
     rank = len(c.shape(data(node)))
     first = attribute(node, "axis", -1) % rank
     why = "normalized over this axis"
@@ -274,6 +280,7 @@ def layer_normalization(c: Coupling, node: ir.Node) -> None:
 
 @rule("Softmax LogSoftmax Hardmax CumSum LpNormalization")
 def along_axis(c: Coupling, node: ir.Node) -> None:
+    """What mixes the elements along one axis (or from it on, before opset 13) keeps that axis whole."""
     rank = len(c.shape(data(node)))
     if node.op_type == "CumSum":
         blocked = list(range(rank))
@@ -318,6 +325,7 @@ def reduction(c: Coupling, node: ir.Node) -> None:
 
 @rule("QuantizeLinear DequantizeLinear")
 def quantization(c: Coupling, node: ir.Node) -> None:
+    """Scales and zero points per channel have the channels of ``axis``."""
     axes = list(c.axes(data(node)))
     axis = attribute(node, "axis", 1)
     for value in node.inputs[1:]:
@@ -420,6 +428,7 @@ def triangle(c: Coupling, node: ir.Node) -> None:
 
 @rule("Range RandomNormal RandomUniform EyeLike NonZero RandomNormalLike RandomUniformLike")
 def generator(c: Coupling, node: ir.Node) -> None:
+    """Made from a shape: what decides the shape cannot be cut, and the result has no channels of its own."""
     for value in node.inputs:
         c.freeze_value(value, reason(node, "its values decide a shape"))
     for output in node.outputs:

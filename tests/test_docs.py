@@ -10,12 +10,14 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import onnx
 import pytest
 
+import onnxslim
 from onnxslim import cli, config
 
 ROOT = Path(__file__).parent.parent
@@ -27,18 +29,40 @@ def _blocks(path: Path, kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_pages_of_passes_are_what_their_docstrings_say() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    wanted = module.pages()
+    return module
+
+
+def test_pages_of_passes_are_what_their_docstrings_say() -> None:
+    wanted = _script("generate").pages()
     hint = "run python docs/generate.py"
     assert {p for p in DOCS if p.parent.name == "passes"} == set(wanted), hint
     for path, text in wanted.items():
         assert path.read_text(encoding="utf-8") == text, hint
     unexplained = [line for text in wanted.values() for line in text.splitlines() if line.endswith("|  |")]
     assert not unexplained, "every option is explained in the docstring"
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_reference_shows_every_public_name_and_each_has_a_docstring(tmp_path: Path) -> None:
+    pdoc = pytest.importorskip("pdoc")
+    reference = _script("reference")
+    assert reference.main([str(tmp_path)]) == 0
+    shown = set()
+    for name in reference.MODULES:
+        page = (tmp_path / f"{name.replace('.', '/')}.html").read_text(encoding="utf-8")
+        for member in pdoc.doc.Module.from_name(name).members.values():
+            if f'id="{member.qualname}"' in page:
+                shown.add(member.fullname)
+            inner = member.members.values() if member.kind == "class" else ()
+            public = [m for m in (member, *inner) if m.kind != "variable" and not m.name.startswith("_")]
+            assert not [m.fullname for m in public if not m.docstring]
+    assert {f"onnxslim.{name}" for name in onnxslim.__all__} <= shown
+    assert reference.main([]) == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ from rich.table import Table
 # bench/ and models/ are no installed packages: they are imported from the checkout, as the command line does.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import peers, zoo
+from bench import peers, quantizers, steps, zoo
 from bench.table import Row, compare, differing, render, short
 
 
@@ -142,6 +143,40 @@ def test_process_that_dies_is_a_step_error(tmp_path: Path) -> None:
         zoo.run([sys.executable, "-c", "import sys; sys.exit('first\\nthe last line')"], tmp_path, 60)
     with pytest.raises(zoo.StepError, match="timed out"):
         zoo.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, 0.5)
+
+
+# Peers
+
+
+def test_a_quantizer_gets_every_sample_on_its_own(
+    cnn: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "environment", lambda name, packages: Path(sys.executable))
+    source, target = Path(cnn["model"]), tmp_path / "out.onnx"
+    command = peers.PEERS["nncf"].command(source, target, Path(cnn["calib"]))
+    assert command[1] == "-I" and command[3:6] == ["nncf", str(source), str(target)]
+    feeds = quantizers.read(Path(command[6]))
+    with np.load(cnn["calib"]) as arrays:
+        assert len(feeds) == len(arrays["image"])
+        assert all(np.array_equal(feed["image"], arrays["image"][k : k + 1]) for k, feed in enumerate(feeds))
+    reader = quantizers.Reader(feeds)
+    assert sum(1 for _ in iter(reader.get_next, None)) == len(reader) == len(feeds)
+    reader.rewind()
+    assert reader.get_next() is feeds[0]
+
+
+def test_other_providers_are_timed_in_turn_too(cnn: dict[str, str]) -> None:
+    model = zoo.zoo.find("fmnist_cnn")
+    (found,) = steps.latency(model, [model.path], threads=1, seconds=0.05, ep="cpu(affinity=[0])")
+    assert found["before"]["median"] > 0 and found["interval"][0] <= found["speedup"] <= found["interval"][1]
+    assert found["after"]["runs"] == found["before"]["runs"]
+
+
+@pytest.mark.parametrize("ep", ["tpu", "cpu,openvino"])
+def test_one_provider_is_timed(ep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        zoo.main(["fmnist_cnn", "--ep", ep])
+    assert caught.value.code == 2 and "execution provider" in capsys.readouterr().err
 
 
 # Cells
