@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ class Term:
         """The amount when the share ``kept[k]`` of family k stays."""
         total = self.amount
         for share in self.axes:
-            total *= sum(part * float(np.prod([kept[k] for k in who])) for part, who in share)
+            total *= sum(part * math.prod(kept[k] for k in who) for part, who in share)
         return total
 
 

@@ -298,34 +298,49 @@ def unknown(c: Coupling, node: ir.Node) -> None:
             c.labels[value] = [None] * len(c.shape(value))
 
 
-def mask(model: ir.Model, sites: Iterable[Site], gone: Callable[[Labels], np.ndarray]) -> None:
+Masks = Mapping[Site, ir.Value]  # constants that are multiplied onto what a contraction without a weight reads
+
+
+def add_masks(model: ir.Model, sites: Iterable[Site]) -> dict[Site, ir.Value]:
+    """Multiply what each of ``sites``, contractions of computed factors, reads by a constant of ones, in place."""
+    nodes = {node.outputs[0].name: node for node in model.graph}
+    masks: dict[Site, ir.Value] = {}
+    for site in sites:
+        node = nodes[site.node.outputs[0].name]
+        value = node.inputs[site.data]
+        assert value is not None and value.dtype is not None
+        shape = [1] * site.rank
+        shape[site.axis] = len(site.labels)
+        masks[site] = add_constant(model.graph, f"{value.name}_mask", np.ones(shape, value.dtype.numpy()))
+        masked = add_node(model.graph, "Mul", [value, masks[site]], before=node, hint=value.name or "", like=value)
+        node.replace_input_with(site.data, masked.outputs[0])
+    return masks
+
+
+def mask(
+    model: ir.Model, sites: Iterable[Site], gone: Callable[[Labels], np.ndarray], masks: Masks | None = None
+) -> None:
     """Multiply the contracted inputs by 0 where ``gone``, in place: the model as it would be without these channels.
 
     ``model`` is the one that was analyzed or a clone of it (nodes are found by name of their first output). A constant
-    factor is masked itself; where both are computed, a Mul is inserted.
+    factor is masked itself; where both are computed, a Mul is inserted, unless ``masks`` has one.
     """
+    felt = [site for site in sites if gone(site.labels).any()]
+    if masks is None:
+        masks = add_masks(model, [site for site in felt if site.weight < 0])
     nodes = {node.outputs[0].name: node for node in model.graph}
-    for site in sites:
+    for site in felt:
         removed = gone(site.labels)
-        if not removed.any():
+        if site.weight < 0:
+            factor = masks[site]
+            ones = np.asarray(constant(factor))
+            set_constant(factor, ones * (~removed).astype(ones.dtype).reshape(ones.shape))
             continue
-        node = nodes[site.node.outputs[0].name]
-        if site.weight >= 0:
-            weight = node.inputs[site.weight]
-            array = constant(weight)
-            assert weight is not None and array is not None
-            array = zero_channels(array, site, removed)
-            # A weight shared by several nodes has the same channels for all of them: they are all tied through it.
-            set_constant(weight, array)
-            continue
-        value = node.inputs[site.data]
-        assert value is not None and value.dtype is not None
-        keep = (~removed).astype(value.dtype.numpy())
-        shape = [1] * site.rank
-        shape[site.axis] = len(keep)
-        factor = add_constant(model.graph, f"{value.name}_mask", keep.reshape(shape))
-        masked = add_node(model.graph, "Mul", [value, factor], before=node, hint=value.name or "", like=value)
-        node.replace_input_with(site.data, masked.outputs[0])
+        weight = nodes[site.node.outputs[0].name].inputs[site.weight]
+        array = constant(weight)
+        assert weight is not None and array is not None
+        # A weight shared by several nodes has the same channels for all of them: they are all tied through it.
+        set_constant(weight, zero_channels(array, site, removed))
 
 
 def zero_channels(weight: np.ndarray, site: Site, removed: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from onnxslim.data import Data
 from onnxslim.graph import attribute, constant, set_constant
 from onnxslim.passes.prune.importance import RIDGE, Contribution
 from onnxslim.passes.prune.layers import Layer, layer
+from onnxslim.variants import Variants
 
 ROWS = 24_000  # observations per contraction
 
@@ -133,22 +134,28 @@ def sensitivity(
     The layers that read them are refitted in closed form from their own moments, as the whole network will be later.
     """
     model = coupled.model
-    expected = [
-        runtime.run(runner, feed) for runner in [runtime.load(model, threads=ctx.threads)] for feed in data.feeds()
-    ]
+    runner = runtime.load(model, threads=ctx.threads)
+    expected = [runtime.run(runner, feed) for feed in data.feeds()]
+    trial = model.clone()
+    # Whatever a removal adds to the graph is there from the start: then only weights change from one to the next.
+    masks = coupling.add_masks(trial, [site for site in coupled.sites if site.weight < 0])
+    for factor in measured.values():
+        if factor.layer is not None:
+            factor.layer.bias(trial)
+    variants = Variants(trial, threads=ctx.threads)
     result = []
     for atoms in ctx.progress.track(removals, total=len(removals), label="try families"):
         if not len(atoms):
             result.append(0.0)
             continue
         gone = coupled.removed(atoms)
-        trial = model.clone()
-        coupling.mask(trial, coupled.sites, gone)
+        coupling.mask(trial, coupled.sites, gone, masks)
         for site, factor in measured.items():
             removed = gone(site.labels)
             if factor.layer is not None and removed.any():
                 compensate(trial, factor, removed)
-        runner = runtime.load(trial, threads=ctx.threads)
+        runner = variants.load()
+        variants.restore()
         errors = [output_error(e, runtime.run(runner, f)) for e, f in zip(expected, data.feeds(), strict=True)]
         result.append(float(np.mean(errors)))
     return result
