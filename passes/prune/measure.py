@@ -226,8 +226,10 @@ def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tu
     found = [(fit[value, axis - rank], held[value, axis - rank]) for value, axis, rank in _operands(site)]
     n = len(site.labels)
     if any(m.empty for pair in found for m in pair):
-        nothing = np.zeros((n, n))
-        return Factor(np.zeros((1, n)), nothing, None, nothing, np.zeros(n), None)
+        # Nothing is known of what it reads: channels are then told by their weights alone.
+        even = np.eye(n)
+        weight = np.ones((1, n)) if site.weight < 0 else constant(site.node.inputs[site.weight])
+        return Factor(_matrix(np.asarray(weight, np.float64), site), even, None, even, np.zeros(n), None)
     both = [a.joined(b) for a, b in found]
     mean = both[0].mean()
     if site.weight < 0:
@@ -240,12 +242,26 @@ def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tu
     own, other = found[0]
     moved = other.mean() - own.mean()
     moments, judge, every = own.covariance(), other.covariance() + np.outer(moved, moved), both[0].covariance()
-    if site.groups > 1 and site.node.op_type != "ConvTranspose":  # (out, n / groups, ...): groups side by side
-        parts = weight.reshape(site.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+    matrix = _matrix(weight, site)
+    if _side_by_side(site):
         group = np.arange(n) // (n // site.groups)
         # Channels of different groups never meet in one output: they cannot take over from each other.
         apart = group[:, None] == group[None]
-        matrix = np.moveaxis(parts, 2, 1).reshape(n, -1).T
         return Factor(matrix, moments * apart, judge * apart, every * apart, mean, None)
-    matrix = np.moveaxis(weight, site.weight_axis, -1).reshape(-1, n)
     return Factor(matrix, moments, judge, every, mean, layer(site))
+
+
+def _side_by_side(site: Site) -> bool:
+    """True for a weight (out, n / groups, ...), in which the input channels of all groups lie over each other."""
+    return site.groups > 1 and site.node.op_type != "ConvTranspose"
+
+
+def _matrix(weight: np.ndarray, site: Site) -> np.ndarray:
+    """The factors of every channel of a contraction, (out, n)."""
+    n = len(site.labels)
+    if site.weight < 0:
+        return weight
+    if _side_by_side(site):
+        parts = weight.reshape(site.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+        return np.moveaxis(parts, 2, 1).reshape(n, -1).T
+    return np.moveaxis(weight, site.weight_axis, -1).reshape(-1, n)
