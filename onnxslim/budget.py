@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnxslim import cost, runtime
 from onnxslim.channels import Labels
 from onnxslim.contract import Context
 from onnxslim.coupling import Coupling, Family
-from onnxslim.graph import is_constant
+from onnxslim.graph import is_constant, walk
 
 Share = list[tuple[float, tuple[int, ...]]]  # parts of an axis, each with the families that can remove positions of it
 
@@ -28,7 +29,7 @@ class Term:
         """The amount when the share ``kept[k]`` of family k stays."""
         total = self.amount
         for share in self.axes:
-            total *= sum(part * float(np.prod([kept[k] for k in who])) for part, who in share)
+            total *= sum(part * math.prod(kept[k] for k in who) for part, who in share)
         return total
 
 
@@ -91,7 +92,7 @@ def macs(coupled: Coupling, families: Sequence[Family], shapes: Shapes, feed: Ma
     """Multiplications for one sample."""
     counted = {row.name: row.macs for row in cost.analyze(coupled.model, feed).table if row.macs}
     terms: list[Term] = []
-    for node in coupled.model.graph:
+    for node in walk(coupled.model.graph):
         amount = counted.get(node.name or next((v.name for v in node.outputs if v.name), "") or node.op_type, 0)
         terms.extend(_work(node, float(amount), coupled, shapes))
     return Budget(families, terms, float(sum(counted.values())))
@@ -107,8 +108,9 @@ def milliseconds(
         removals: units that leave each family in the models ``pruned``.
     """
     feeds = [ctx.calibration.feed(ctx.calibration[0])]
-    names = {v.name: node for node in coupled.model.graph for v in node.outputs}
-    names.update({node.name: node for node in coupled.model.graph if node.name})
+    nodes = list(walk(coupled.model.graph))
+    names = {v.name: node for node in nodes for v in node.outputs}
+    names.update({node.name: node for node in nodes if node.name})
     times = [_per_node(runtime.profile(m, feeds, threads=ctx.threads), names) for m in (coupled.model, *pruned)]
     total = sum(times[0].values())
     counts = [len(f.atoms) for f in families]

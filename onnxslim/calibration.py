@@ -134,7 +134,7 @@ def collect(
     feeds = ctx.progress.track(samples.feeds(), total=len(samples), label=label)
     for values in runtime.tap(model, statistics, feeds, threads=ctx.threads):
         for name, attached in statistics.items():
-            for statistic in attached:
+            for statistic in attached if np.size(values[name]) else ():  # empty in a branch that was not taken
                 statistic.update(values[name])
 
 

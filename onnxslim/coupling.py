@@ -12,15 +12,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim import runtime
+from onnxslim import branch_values, runtime
 from onnxslim.channels import Ids, Labels, Solution
 from onnxslim.errors import ModelError
-from onnxslim.graph import add_constant, add_node, constant, is_constant, set_constant
+from onnxslim.graph import (
+    add_constant,
+    add_node,
+    by_output,
+    captured,
+    constant,
+    is_constant,
+    is_op,
+    set_constant,
+    subgraphs,
+)  # fmt: skip
 
 Axes = list[Labels | None]  # one entry per axis; None: the axis cannot be cut
 Rule = Callable[["Coupling", ir.Node], None]
@@ -275,14 +285,21 @@ def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 
     """
     from onnxslim import rules, rules_movement  # noqa: F401 - they import this module, and register themselves
 
-    shapes, small = _observe(model, feeds, threads)
+    shapes, small, taken = _observe(model, feeds, threads)
     coupling = Coupling(model, shapes, small)
     for value in model.graph.inputs:
         if not value.is_initializer():
             coupling.labels[value] = [None] * len(coupling.shape(value))
-    for node in model.graph:
-        rule = rules.RULES.get(node.op_type) if node.domain in ("", "ai.onnx", "com.microsoft") else None
-        (rule or unknown)(coupling, node)
+
+    def follow(graph: ir.Graph) -> None:
+        for node in graph:
+            rule = rules.RULES.get(node.op_type) if node.domain in ("", "ai.onnx", "com.microsoft") else None
+            if is_op(node, "If") and not taken.isdisjoint(subgraphs(node)):
+                _branches(coupling, node, taken, follow)
+            else:
+                (rule or unknown)(coupling, node)
+
+    follow(model.graph)
     for value in model.graph.outputs:
         coupling.freeze_value(value, f"graph output {value.name}")
     return coupling
@@ -291,41 +308,74 @@ def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 
 def unknown(c: Coupling, node: ir.Node) -> None:
     """Freeze everything that a node reads, in its subgraphs too; its outputs cannot be cut."""
     reason = f"{node.op_type} {node.name}: no rule for this operator"
-    for value in (*node.inputs, *_captured(node)):
+    for value in (*node.inputs, *captured(node)):
         c.freeze_value(value, reason)
     for value in node.outputs:
         if value.name in c.shapes:
             c.labels[value] = [None] * len(c.shape(value))
 
 
-def mask(model: ir.Model, sites: Iterable[Site], gone: Callable[[Labels], np.ndarray]) -> None:
+Masks = Mapping[Site, ir.Value]  # constants that are multiplied onto what a contraction without a weight reads
+
+
+def add_masks(model: ir.Model, sites: Iterable[Site]) -> dict[Site, ir.Value]:
+    """Multiply what each of ``sites``, contractions of computed factors, reads by a constant of ones, in place."""
+    nodes = by_output(model.graph)
+    masks: dict[Site, ir.Value] = {}
+    for site in sites:
+        node = nodes[site.node.outputs[0].name or ""]
+        value = node.inputs[site.data]
+        assert value is not None and value.dtype is not None
+        shape = [1] * site.rank
+        shape[site.axis] = len(site.labels)
+        masks[site] = add_constant(model.graph, f"{value.name}_mask", np.ones(shape, value.dtype.numpy()))
+        masked = add_node(model.graph, "Mul", [value, masks[site]], before=node, hint=value.name or "", like=value)
+        node.replace_input_with(site.data, masked.outputs[0])
+    return masks
+
+
+def _branches(c: Coupling, node: ir.Node, taken: Collection[ir.Graph], follow: Callable[[ir.Graph], None]) -> None:
+    """Follow the branches of an If that the sample takes; what it captures has the same labels inside.
+
+    What another branch reads stays, and so does what any of them returns.
+    """
+    for branch in subgraphs(node):
+        seen = branch in taken and all(v.name in c.shapes for inner in branch for v in inner.outputs if v.name)
+        if seen:
+            follow(branch)
+        for value in branch.outputs if seen else [v for n in branch.all_nodes() for v in n.inputs] + [*branch.outputs]:
+            c.freeze_value(
+                value, reason(node, "returned by a branch" if seen else "a branch that the sample leaves out")
+            )
+    for value in node.outputs:
+        if value.name in c.shapes:
+            c.labels[value] = [None] * len(c.shape(value))
+
+
+def mask(
+    model: ir.Model, sites: Iterable[Site], gone: Callable[[Labels], np.ndarray], masks: Masks | None = None
+) -> None:
     """Multiply the contracted inputs by 0 where ``gone``, in place: the model as it would be without these channels.
 
     ``model`` is the one that was analyzed or a clone of it (nodes are found by name of their first output). A constant
-    factor is masked itself; where both are computed, a Mul is inserted.
+    factor is masked itself; where both are computed, a Mul is inserted, unless ``masks`` has one.
     """
-    nodes = {node.outputs[0].name: node for node in model.graph}
-    for site in sites:
+    felt = [site for site in sites if gone(site.labels).any()]
+    if masks is None:
+        masks = add_masks(model, [site for site in felt if site.weight < 0])
+    nodes = by_output(model.graph)
+    for site in felt:
         removed = gone(site.labels)
-        if not removed.any():
+        if site.weight < 0:
+            factor = masks[site]
+            ones = np.asarray(constant(factor))
+            set_constant(factor, ones * (~removed).astype(ones.dtype).reshape(ones.shape))
             continue
-        node = nodes[site.node.outputs[0].name]
-        if site.weight >= 0:
-            weight = node.inputs[site.weight]
-            array = constant(weight)
-            assert weight is not None and array is not None
-            array = zero_channels(array, site, removed)
-            # A weight shared by several nodes has the same channels for all of them: they are all tied through it.
-            set_constant(weight, array)
-            continue
-        value = node.inputs[site.data]
-        assert value is not None and value.dtype is not None
-        keep = (~removed).astype(value.dtype.numpy())
-        shape = [1] * site.rank
-        shape[site.axis] = len(keep)
-        factor = add_constant(model.graph, f"{value.name}_mask", keep.reshape(shape))
-        masked = add_node(model.graph, "Mul", [value, factor], before=node, hint=value.name or "", like=value)
-        node.replace_input_with(site.data, masked.outputs[0])
+        weight = nodes[site.node.outputs[0].name or ""].inputs[site.weight]
+        array = constant(weight)
+        assert weight is not None and array is not None
+        # A weight shared by several nodes has the same channels for all of them: they are all tied through it.
+        set_constant(weight, zero_channels(array, site, removed))
 
 
 def zero_channels(weight: np.ndarray, site: Site, removed: np.ndarray) -> np.ndarray:
@@ -344,30 +394,23 @@ def zero_channels(weight: np.ndarray, site: Site, removed: np.ndarray) -> np.nda
     return rows.reshape(array.shape)
 
 
-def _captured(node: ir.Node) -> list[ir.Value]:
-    """Values of the outer graph that the subgraphs of ``node`` read."""
-    found: list[ir.Value] = []
-    for attr in node.attributes.values():
-        if attr.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            continue
-        for graph in attr.as_graphs() if attr.type == ir.AttributeType.GRAPHS else [attr.as_graph()]:
-            inner = list(graph.all_nodes())
-            found.extend(v for n in inner for v in n.inputs if v is not None)
-            found.extend(graph.outputs)
-    return found
-
-
 def _observe(
     model: ir.Model, feeds: Mapping[str, np.ndarray], threads: int
-) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
-    """Shapes of all values on one sample, and the content of the small integer ones."""
+) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray], set[ir.Graph]]:
+    """Shapes of all values on one sample, the content of the small integer ones, and the branches that are taken."""
     names = [v.name for v in model.graph.inputs if not v.is_initializer() and v.name]
     names += [v.name for node in model.graph for v in node.outputs if v.name and isinstance(v.type, ir.TensorType)]
     names += [v.name for node in model.graph for v in node.outputs if v.name and v.type is None]
-    values = next(iter(runtime.tap(model, names, [_two_samples(model, feeds)], threads=threads, optimize=False)))
-    shapes = {name: np.shape(array) for name, array in values.items() if isinstance(array, np.ndarray)}
-    small = {n: a for n, a in values.items() if isinstance(a, np.ndarray) and a.dtype.kind in "iu" and a.size < 1 << 20}
-    return shapes, small
+    inside = [(v.name or "", {branch for _, branch in around}) for v, around in branch_values.visible(model)]
+    feeds = _two_samples(model, feeds)
+    tapped = runtime.tap(model, [*names, *(name for name, _ in inside)], [feeds], threads=threads, optimize=False)
+    values = {name: array for name, array in next(iter(tapped)).items() if isinstance(array, np.ndarray)}
+    taken = {branch for name, around in inside if name in values and values[name].size for branch in around}
+    for name, around in inside:
+        if not around <= taken:
+            values.pop(name, None)
+    shapes = {name: np.shape(array) for name, array in values.items()}
+    return shapes, {n: a for n, a in values.items() if a.dtype.kind in "iu" and a.size < 1 << 20}, taken
 
 
 def _two_samples(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

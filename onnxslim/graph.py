@@ -224,6 +224,28 @@ def is_op(node: ir.Node | None, *op_types: str) -> bool:
     return node is not None and node.domain in ("", "ai.onnx") and node.op_type in op_types
 
 
+def walk(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Nodes of the graph and of all bodies in it, in the order in which they end: bodies before their owner."""
+    for node in graph:
+        for body in subgraphs(node):
+            yield from walk(body)
+        yield node
+
+
+def by_output(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Nodes of the graph and its bodies by the name of their first output; the first one where two bodies share it."""
+    return {node.outputs[0].name or "": node for node in reversed(list(walk(graph))) if node.outputs}
+
+
+def captured(node: ir.Node) -> list[ir.Value]:
+    """Values that the bodies of ``node`` read or return; those of the graph around it are among them."""
+    found: list[ir.Value] = []
+    for body in subgraphs(node):
+        found.extend(v for inner in body.all_nodes() for v in inner.inputs if v is not None)
+        found.extend(body.outputs)
+    return found
+
+
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The graphs among the attributes of ``node``, in order."""
     for attr in node.attributes.values():

@@ -194,13 +194,17 @@ def tap(
     """Run ``model`` on each sample and yield the values called ``names`` (inputs and intermediate tensors).
 
     Only the part of the graph that these values need is computed, and one sample's tensors are in memory at a time.
-    Values inside subgraphs cannot be tapped.
+    A value in the branch of an If is empty where the branch is not taken; values in other bodies cannot be tapped.
     """
+    from onnxslim import branch_values
+    from onnxslim.graph import remove_dead
+
     wanted = list(dict.fromkeys(names))
     clone = model.clone()
     values = {v.name: v for v in clone.graph.inputs}
     for node in clone.graph:
         values.update((v.name, v) for v in node.outputs)
+    values.update(branch_values.lift(clone, [name for name in wanted if name not in values]))
     clone.graph.outputs.clear()
     inputs = {v.name for v in clone.graph.inputs}
     for name in wanted:
@@ -214,13 +218,12 @@ def tap(
         for feed in feeds:
             yield {name: np.asarray(feed[name]) for name in wanted}
         return
-    from onnxslim.graph import remove_dead
-
     remove_dead(clone.graph)
+    outputs = {name: values[name].name or "" for name in wanted}
     runner = load(clone, threads=threads, optimize=optimize)
     for feed in feeds:
         results = run(runner, feed)
-        yield {name: results[name] if name in results else np.asarray(feed[name]) for name in wanted}
+        yield {name: results[own] if own in results else np.asarray(feed[own]) for name, own in outputs.items()}
 
 
 def compare_latency(

@@ -81,7 +81,7 @@ class Cluster(Pass):
 
     def _left(self, model: ir.Model, written: dict[str, Weight], ctx: Context, skipped: list[Skip]) -> int:
         """How many weights ONNX Runtime would look up at every inference; a warning where it does."""
-        executed = runtime.optimized(model, threads=ctx.threads, weights=False)
+        executed = runtime.optimized(model, threads=ctx.threads)
         names = {runtime.original_name(node.name or "") for node in executed.graph.all_nodes()}
         left = [weight.name for name, weight in written.items() if name in names]
         if left:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim.coupling import Site
-from onnxslim.graph import add_constant, attribute, constant, is_constant, is_op, only_user, set_constant
+from onnxslim.graph import add_constant, attribute, constant, is_constant, is_op, only_user, set_constant, walk
 
 # Above this many columns a patch's second moments no longer fit: all taps of the kernel then share one channel matrix.
 MAX_COLUMNS = 4608
@@ -112,7 +112,7 @@ class Layer:
     def node(self, model: ir.Model) -> ir.Node:
         """This layer's node in ``model``."""
         name = self.site.node.outputs[0].name
-        return next(n for n in model.graph if n.outputs[0].name == name)
+        return next(n for n in walk(model.graph) if n.outputs[0].name == name)
 
     @property
     def data(self) -> str:

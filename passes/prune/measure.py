@@ -17,6 +17,7 @@ from onnxslim.data import Data
 from onnxslim.graph import attribute, constant, set_constant
 from onnxslim.passes.prune.importance import RIDGE, Contribution
 from onnxslim.passes.prune.layers import Layer, layer
+from onnxslim.variants import Variants
 
 ROWS = 24_000  # observations per contraction
 
@@ -133,22 +134,28 @@ def sensitivity(
     The layers that read them are refitted in closed form from their own moments, as the whole network will be later.
     """
     model = coupled.model
-    expected = [
-        runtime.run(runner, feed) for runner in [runtime.load(model, threads=ctx.threads)] for feed in data.feeds()
-    ]
+    runner = runtime.load(model, threads=ctx.threads)
+    expected = [runtime.run(runner, feed) for feed in data.feeds()]
+    trial = model.clone()
+    # Whatever a removal adds to the graph is there from the start: then only weights change from one to the next.
+    masks = coupling.add_masks(trial, [site for site in coupled.sites if site.weight < 0])
+    for factor in measured.values():
+        if factor.layer is not None:
+            factor.layer.bias(trial)
+    variants = Variants(trial, threads=ctx.threads)
     result = []
     for atoms in ctx.progress.track(removals, total=len(removals), label="try families"):
         if not len(atoms):
             result.append(0.0)
             continue
         gone = coupled.removed(atoms)
-        trial = model.clone()
-        coupling.mask(trial, coupled.sites, gone)
+        coupling.mask(trial, coupled.sites, gone, masks)
         for site, factor in measured.items():
             removed = gone(site.labels)
             if factor.layer is not None and removed.any():
                 compensate(trial, factor, removed)
-        runner = runtime.load(trial, threads=ctx.threads)
+        runner = variants.load()
+        variants.restore()
         errors = [output_error(e, runtime.run(runner, f)) for e, f in zip(expected, data.feeds(), strict=True)]
         result.append(float(np.mean(errors)))
     return result
@@ -219,8 +226,10 @@ def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tu
     found = [(fit[value, axis - rank], held[value, axis - rank]) for value, axis, rank in _operands(site)]
     n = len(site.labels)
     if any(m.empty for pair in found for m in pair):
-        nothing = np.zeros((n, n))
-        return Factor(np.zeros((1, n)), nothing, None, nothing, np.zeros(n), None)
+        # Nothing is known of what it reads: channels are then told by their weights alone.
+        even = np.eye(n)
+        weight = np.ones((1, n)) if site.weight < 0 else constant(site.node.inputs[site.weight])
+        return Factor(_matrix(np.asarray(weight, np.float64), site), even, None, even, np.zeros(n), None)
     both = [a.joined(b) for a, b in found]
     mean = both[0].mean()
     if site.weight < 0:
@@ -233,12 +242,26 @@ def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tu
     own, other = found[0]
     moved = other.mean() - own.mean()
     moments, judge, every = own.covariance(), other.covariance() + np.outer(moved, moved), both[0].covariance()
-    if site.groups > 1 and site.node.op_type != "ConvTranspose":  # (out, n / groups, ...): groups side by side
-        parts = weight.reshape(site.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+    matrix = _matrix(weight, site)
+    if _side_by_side(site):
         group = np.arange(n) // (n // site.groups)
         # Channels of different groups never meet in one output: they cannot take over from each other.
         apart = group[:, None] == group[None]
-        matrix = np.moveaxis(parts, 2, 1).reshape(n, -1).T
         return Factor(matrix, moments * apart, judge * apart, every * apart, mean, None)
-    matrix = np.moveaxis(weight, site.weight_axis, -1).reshape(-1, n)
     return Factor(matrix, moments, judge, every, mean, layer(site))
+
+
+def _side_by_side(site: Site) -> bool:
+    """True for a weight (out, n / groups, ...), in which the input channels of all groups lie over each other."""
+    return site.groups > 1 and site.node.op_type != "ConvTranspose"
+
+
+def _matrix(weight: np.ndarray, site: Site) -> np.ndarray:
+    """The factors of every channel of a contraction, (out, n)."""
+    n = len(site.labels)
+    if site.weight < 0:
+        return weight
+    if _side_by_side(site):
+        parts = weight.reshape(site.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+        return np.moveaxis(parts, 2, 1).reshape(n, -1).T
+    return np.moveaxis(weight, site.weight_axis, -1).reshape(-1, n)

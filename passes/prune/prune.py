@@ -16,7 +16,7 @@ from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.coupling import Coupling, Family, Site
 from onnxslim.data import Data
 from onnxslim.errors import CheckError
-from onnxslim.graph import set_constant
+from onnxslim.graph import by_output, captured, set_constant, walk
 from onnxslim.passes.prune import allocate, measure
 from onnxslim.passes.prune import importance as surgeon
 from onnxslim.passes.prune import lossless as free_channels
@@ -48,7 +48,8 @@ class Prune(Pass):
 
     Without ``ratio`` only what is nearly free leaves: the relative squared error of the model's outputs, measured on
     calibration samples that the fit has not seen, stays below ``tolerance``. Layer normalization axes, model inputs
-    and outputs, and whatever passes an operator without a rule stay as they are; the report names them.
+    and outputs, whatever passes an operator without a rule, and branches that the data does not take stay as they are;
+    the report names them.
 
     A budget removes more. ``ratio`` is what leaves; ``params``, ``macs`` and ``latency`` are what may stay: a fraction
     of the input's up to 1, an absolute number above 1. Widths are chosen over the whole network so that the errors of
@@ -306,10 +307,11 @@ def _moved(
     felt = {site.node for site in coupled.sites if gone(site.labels).any()}
     by_node = {item.site.node: item for item in layers}
     result = []
-    for node in model.graph:
-        if node in felt or any(v in changed for v in node.inputs if v is not None):
+    for node in walk(model.graph):
+        if node in felt or any(v in changed for v in (*node.inputs, *captured(node)) if v is not None):
             changed.update(node.outputs)
-            if node in by_node:
+            # What a branch does is not seen on every sample: layers in there are refitted in closed form only.
+            if node in by_node and node.graph is model.graph:
                 result.append(by_node[node])
     return result
 
@@ -322,9 +324,9 @@ def _copy_weights(source: ir.Model, coupled: Coupling) -> None:
         own = target.graph.initializers.get(name)
         if own is not None and array is not own.const_value and array is not None:
             set_constant(own, array.numpy())
-    nodes = {node.outputs[0].name: node for node in target.graph}
-    for node in source.graph:
-        own_node = nodes.get(node.outputs[0].name)
+    nodes = by_output(target.graph)
+    for node in walk(source.graph):
+        own_node = nodes.get(node.outputs[0].name or "")
         bias = node.inputs[2] if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2 else None
         if own_node is None or bias is None or (len(own_node.inputs) > 2 and own_node.inputs[2] is not None):
             continue
