@@ -120,8 +120,7 @@ def run_case(name: str, text: str, bar: float | None, options: argparse.Namespac
     drop = 100 * (old - new)
     timed = ""
     if options.latency:
-        runners = [runtime.load(m, threads=options.threads) for m in (original, model)]
-        measured = runtime.compare_latency(runners, [[feed]] * 2)
+        measured = runtime.compare_models([original, model], [feed], threads=options.threads)
         low, high = measured.interval[1]
         timed = f"  time {1 / measured.speedup[1]:.2f} ({1 / high:.2f} to {1 / low:.2f})"
     macs, parameters = after.macs / before.macs, after.parameters / before.parameters

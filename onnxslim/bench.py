@@ -121,7 +121,7 @@ def measure(
             for lane in lanes:
                 lane.block(seconds / count, f"{seed}/{k}")
         for lane in lanes:
-            rows += lane.rows(lanes[0], seed)
+            rows += lane.rows(lanes[0])
             warnings += lane.notes
             kernels += lane.profile() if profile else []
     return {
@@ -200,9 +200,9 @@ class _Lane:
         self._load.append(found["load_ms"])
         self._first.append(found["first_ms"])
 
-    def rows(self, first: _Lane, seed: int) -> list[dict[str, Any]]:
+    def rows(self, first: _Lane) -> list[dict[str, Any]]:
         """One row per variant, with its speed over the first file's same variant and over the first row of all."""
-        compared = timing.compare(self._blocks, seed=seed)
+        compared = timing.compare(self._blocks)
         if compared.drift != 1.0:
             self.notes.append(
                 f"{self.ep.label}: the machine became {compared.drift:.2f}x as fast while measuring (throttling, or "

@@ -226,27 +226,6 @@ def tap(
         yield {name: results[own] if own in results else np.asarray(feed[own]) for name, own in outputs.items()}
 
 
-def compare_latency(
-    runners: Sequence[Runner],
-    feeds: Sequence[Sequence[Mapping[str, np.ndarray]]],
-    *,
-    seconds: float = 3.0,
-    min_rounds: int = 5,
-    max_rounds: int = 400,
-    seed: int = 0,
-) -> timing.Comparison:
-    """Measure the sessions ``runners`` in turn, one pass each per round, until ``seconds`` have passed.
-
-    The interval is that of these sessions: another session of the same file may lie outside it; see `compare_models`.
-    ``feeds[i]`` are the samples of runner i, used cyclically.
-    """
-    calls = [_call(runner, samples) for runner, samples in zip(runners, feeds, strict=True)]
-    for call in calls:
-        worker.warm_up(call)
-    rounds, _ = worker.interleave(calls, seconds, random.Random(seed), least=min_rounds, most=max_rounds)
-    return timing.compare([np.array(rounds)], seed=seed)
-
-
 def compare_models(
     sources: Sequence[ir.Model | bytes | str | os.PathLike[str]],
     feeds: Sequence[Mapping[str, np.ndarray]],
@@ -278,7 +257,7 @@ def compare_models(
         count = min(max(int(seconds / cost), _FEWEST_BLOCKS), _MOST_BLOCKS)
         rest = max(seconds / count - cost, 0.0)
         blocks += [measured(rest) for _ in range(count - 1)]
-    return timing.compare([np.array(b) for b in blocks], seed=seed)
+    return timing.compare([np.array(b) for b in blocks])
 
 
 def _call(runner: Runner, feeds: Sequence[Mapping[str, np.ndarray]]) -> Callable[[int], Any]:

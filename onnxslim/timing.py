@@ -69,18 +69,15 @@ def plan_blocks(load_seconds: float, seconds: float) -> int:
     return 5
 
 
-def compare(blocks: Sequence[np.ndarray], *, seed: int = 0) -> Comparison:
-    """Compare the models of ``blocks``, each (rounds, models) in ms; one block gives the interval of its rounds."""
+def compare(blocks: Sequence[np.ndarray]) -> Comparison:
+    """Compare the models of ``blocks``, two of them at least, each (rounds, models) in ms."""
     tables = [np.asarray(b, np.float64) for b in blocks]
     together = np.concatenate(tables)
     latency = [
         Latency(float(np.median(c)), float(np.percentile(c, 10)), float(np.percentile(c, 90)), len(c))
         for c in together.T
     ]
-    if len(tables) == 1:
-        ratios = [_rounds(tables[0][:, 0], column, seed) for column in tables[0].T]
-    else:
-        ratios = [ratio([t[:, 0] for t in tables], [t[:, k] for t in tables]) for k in range(len(latency))]
+    ratios = [ratio([t[:, 0] for t in tables], [t[:, k] for t in tables]) for k in range(len(latency))]
     return Comparison(
         latency,
         [speedup for speedup, _ in ratios],
@@ -131,15 +128,6 @@ def _signed_rank_cut(count: int) -> int:
         ways[rank:] += ways[:-rank].copy()
     tail = np.cumsum(ways) / 2.0**count
     return int(np.searchsorted(tail, (1 - CONFIDENCE) / 2, side="right")) - 1
-
-
-def _rounds(first: np.ndarray, other: np.ndarray, seed: int) -> tuple[float, tuple[float, float]]:
-    """Median ratio of the rounds of one block, and a bootstrap interval of it."""
-    ratios = first / other
-    medians = np.median(ratios[np.random.default_rng(seed).integers(0, len(ratios), (500, len(ratios)))], axis=1)
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(medians, [tail, 100 - tail])
-    return float(np.median(ratios)), (float(low), float(high))
 
 
 def _drift(tables: Sequence[np.ndarray]) -> float:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from onnxslim import model as model_io
-from onnxslim import runtime, worker
+from onnxslim import runtime
 from onnxslim.errors import ModelError, UsageError
 
 X = np.random.default_rng(0).standard_normal((2, 2, 8, 8)).astype(np.float32)
@@ -83,62 +83,6 @@ def test_tap_of_inputs_alone_runs_nothing(proto: onnx.ModelProto, monkeypatch: p
     monkeypatch.setattr(runtime, "load", lambda *_, **__: pytest.fail("a session was made"))
     (row,) = runtime.tap(model_io.load(proto), ["x"], [{"x": X}])
     assert np.array_equal(row["x"], X)
-
-
-class _Clock:
-    """Time that passes only while a runner works."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-class _Sleeper(runtime.Runner):
-    """Takes a known time, with some jitter, on a clock whose speed drifts."""
-
-    def __init__(self, clock: _Clock, milliseconds: float) -> None:
-        self.clock = clock
-        self.milliseconds = milliseconds
-        self.rng = np.random.default_rng(int(milliseconds * 10))
-        self.seen: list[Any] = []
-
-    def __call__(self, feeds: Any) -> dict[str, Any]:
-        self.seen.append(feeds.get("k"))
-        drift = 1 + self.clock.now  # ten times slower after nine seconds
-        self.clock.now += self.milliseconds / 1e3 * drift * self.rng.uniform(0.95, 1.05)
-        return {}
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
-    clock = _Clock()
-    monkeypatch.setattr(worker, "time", clock)
-    return clock
-
-
-def test_latency_ratios_hold_while_the_machine_slows_down(clock: _Clock) -> None:
-    slow, fast = _Sleeper(clock, 20.0), _Sleeper(clock, 10.0)
-    compared = runtime.compare_latency([slow, fast, slow], [[{}]] * 3, seconds=9)
-    assert compared.speedup[0] == 1.0
-    assert compared.speedup[1] == pytest.approx(2.0, rel=0.03)
-    assert compared.speedup[2] == pytest.approx(1.0, rel=0.03)
-    for speedup, (low, high) in zip(compared.speedup, compared.interval, strict=True):
-        assert low <= speedup <= high
-        assert high - low < 0.2
-    for latency in compared.latency:
-        assert latency.p10 <= latency.median <= latency.p90
-        assert latency.runs == compared.latency[0].runs > 20
-
-
-def test_latency_uses_every_sample_and_ends_in_time(clock: _Clock) -> None:
-    runner = _Sleeper(clock, 5.0)
-    runtime.compare_latency([runner], [[{"k": k} for k in range(4)]], seconds=0.01, min_rounds=8)
-    assert set(runner.seen[-8:]) == {0, 1, 2, 3}
-    runner.seen.clear()
-    runtime.compare_latency([runner], [[{"k": 0}]], seconds=100, max_rounds=10)
-    assert len(runner.seen) <= 10 + 24
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0])

@@ -80,12 +80,5 @@ def test_drift_and_disturbances_are_seen() -> None:
     assert timing.compare(steady).disturbed == pytest.approx(5 / 120)
 
 
-def test_one_block_gives_the_interval_of_its_rounds() -> None:
-    table = np.exp(0.05 * RNG.standard_normal((50, 2))) * [2.0, 1.0]
-    found = timing.compare([table])
-    assert found.interval[1][0] < 2 < found.interval[1][1]
-    assert found.latency[0].runs == 50
-
-
 def test_fewer_blocks_when_loading_is_slow() -> None:
     assert [timing.plan_blocks(load, 3.0) for load in (0.1, 1.0, 2.0, 10.0)] == [12, 12, 8, 5]

@@ -81,19 +81,18 @@ class Planner:
         removals = [self._narrow(share) for share in NARROWER]
         pruned = [self._built(r) for r in removals]
         spent = budget.milliseconds(self._coupled, self._families, self._shapes, removals, self._ctx, pruned)
-        original = runtime.load(self._coupled.model, threads=self._ctx.threads)
         goal = asked if asked <= 1 else None  # as a fraction; of milliseconds only once they are measured here
         aim = goal
         best: tuple[float, list[int], float] | None = None
         for _ in range(CORRECTIONS + 1):
             counts = allocate.down_to(self._candidates, spent, (aim or 1.0) * spent.total)
-            runner = runtime.load(self._built(counts), threads=self._ctx.threads)
-            timed = runtime.compare_latency([original, runner], [[self._feed]] * 2, seconds=SECONDS)
+            timed = runtime.compare_models(
+                [self._coupled.model, self._built(counts)], [self._feed], threads=self._ctx.threads, seconds=SECONDS
+            )
             if goal is None or aim is None:
-                goal = aim = min(1.0, asked / timed.latency[0].p10)
+                goal = aim = min(1.0, asked / timed.latency[0].median)
                 continue
-            # The fastest tenth of the passes: what other processes take from a busy machine is not the model's.
-            took = timed.latency[1].p10 / timed.latency[0].p10
+            took = 1 / timed.speedup[1]
             missed = abs(took - goal)
             if best is None or missed < best[0]:
                 best = missed, counts, took
