@@ -27,7 +27,7 @@ class _Sleeper:
     def __init__(self, clock: _Clock, milliseconds: float) -> None:
         self.clock = clock
         self.milliseconds = milliseconds
-        self.rng = np.random.default_rng(int(milliseconds * 10))
+        self.rng = np.random.default_rng([int(milliseconds), int(1e6 * clock.now)])
         self.seen: list[int] = []
 
     def __call__(self, k: int) -> None:
