@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from models import zoo
-from models.data import write_npz
-from onnxslim import bench, cost, eps, runtime, verify
+from models.data import Sample, write_npz
+from onnxslim import bench, cost, eps, runtime, verify, workers
 from onnxslim import model as model_io
 from onnxslim.data import Data, input_specs, open_data
 
@@ -63,8 +63,25 @@ def samples(model: zoo.Model) -> tuple[Data, Data]:
     )
 
 
-def quality(model: zoo.Model, file: Path, threads: int) -> dict[str, Any]:
-    """The metrics of ``file``, its worst output against the original's, its nodes, parameters, MACs and bytes."""
+def runner(ep: str) -> zoo.Runner:
+    """What runs a file on samples: this process for ``cpu``, else a worker in the interpreter that has ``ep``."""
+    if ep == "cpu":
+        return zoo.run_here
+
+    def run(path: Path, samples: list[Sample], threads: int) -> zoo.Outputs:
+        with workers.folder() as folder, workers.start(eps.parse(ep)[0], folder) as process:
+            feeds = workers.write_feeds(samples, folder, "sample")
+            out = folder / "out.npz"
+            names = process.ask("run", path=str(path), ep=process.request, feeds=feeds, threads=threads, out=str(out))
+            with np.load(out) as arrays:
+                for k in range(len(samples)):
+                    yield {name: arrays[f"{k}:{name}"] for name in names}
+
+    return run
+
+
+def quality(model: zoo.Model, file: Path, threads: int, ep: str = "cpu") -> dict[str, Any]:
+    """The metrics of ``file`` on ``ep``, its worst output against the original's on the CPU, and its sizes."""
     calibration, evaluation = samples(model)
     loaded = model_io.load(file)
     counted = cost.analyze(loaded, calibration.feed(calibration[0]))
@@ -74,7 +91,7 @@ def quality(model: zoo.Model, file: Path, threads: int) -> dict[str, Any]:
     )
     agreements = [o.top1_agreement for o in measured.outputs if o.top1_agreement is not None]
     return {
-        "metric": zoo.evaluate(model, file, threads),
+        "metric": zoo.evaluate(model, file, threads, runner(ep)),
         "fidelity": {
             "relative_l2": measured.relative_l2,
             "cosine": min((o.cosine for o in measured.outputs), default=1.0),
@@ -128,7 +145,7 @@ def answer(what: str, request: Mapping[str, Any]) -> Any:
     """Carry out one request: the arguments of the function called ``what``, in the types of JSON."""
     model = zoo.Model(**request["model"])
     if what == "quality":
-        return quality(model, Path(request["file"]), request["threads"])
+        return quality(model, Path(request["file"]), request["threads"], request["ep"])
     files = [Path(f) for f in request["files"]]
     return latency(model, files, request["threads"], request["seconds"], request["ep"])
 

@@ -114,7 +114,7 @@ def run(command: list[str], folder: Path, timeout: float) -> float:
 def ask(what: str, request: dict[str, Any], folder: Path, setting: Setting) -> Any:
     """The answer of a function of bench/steps.py, computed in a process of its own."""
     question, answer = folder / f"{what}.request.json", folder / f"{what}.json"
-    question.write_text(json.dumps({**request, "threads": setting.threads}))
+    question.write_text(json.dumps({**request, "threads": setting.threads, "ep": setting.ep}))
     run([sys.executable, "-m", "bench.steps", what, str(question), str(answer)], folder, setting.timeout)
     return json.loads(answer.read_text())
 
@@ -188,7 +188,7 @@ def time_all(model: dict[str, Any], made: list[tuple[Row, Path]], folder: Path, 
     if not made:
         return
     files = [str(target) for _, target in made]
-    request = {"model": model, "files": files, "seconds": setting.seconds, "ep": setting.ep}
+    request = {"model": model, "files": files, "seconds": setting.seconds}
     try:
         for (row, _), latency in zip(made, ask("latency", request, folder, setting), strict=True):
             row.latency = latency
@@ -235,9 +235,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--passes", default=DEFAULT, metavar="LIST", help=f"default: {DEFAULT}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results with their environment")
     parser.add_argument("--threads", type=int, default=2, help="of every session (default: 2)")
-    parser.add_argument(
-        "--ep", default="cpu", help="execution provider to time on, as 'onnxslim bench --ep' (default: cpu)"
-    )
+    parser.add_argument("--ep", default="cpu", help="to time and evaluate on, as for 'onnxslim bench' (default: cpu)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of latency measuring for each file (default: 3)")
     parser.add_argument("--samples", type=int, metavar="N", help="at most N samples of calibration and evaluation data")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a process may take (default: 1800)")

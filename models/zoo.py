@@ -143,19 +143,27 @@ def resolve_metric(text: str) -> Metric:
     return metric
 
 
-def score(session: ort.InferenceSession, samples: Iterable[Sample], metric: Metric) -> tuple[float, int]:
-    """Return the metric averaged over the samples, and how many there were."""
-    values = [metric(outputs_of(session, sample), sample) for sample in samples]
-    if not values:
+Outputs = Iterable[Mapping[str, Any]]
+Runner = Callable[[Path, list[Sample], int], Outputs]
+
+
+def run_here(path: Path, samples: list[Sample], threads: int) -> Outputs:
+    """The outputs of a file for each sample, on the CPU in this process."""
+    session = open_session(path, threads)
+    return (outputs_of(session, sample) for sample in samples)
+
+
+def score(outputs: Outputs, samples: list[Sample], metric: Metric) -> float:
+    """Return the metric averaged over the samples, given the outputs for each."""
+    if not samples:
         raise ZooError("the evaluation data holds no sample; fetch the model again with --force")
-    return float(np.mean(values)), len(values)
+    return float(np.mean([metric(found, sample) for found, sample in zip(outputs, samples, strict=True)]))
 
 
-def evaluate(model: Model, path: Path, threads: int = 2) -> dict[str, float]:
-    """Return each metric of the model for a file made of it, by name."""
+def evaluate(model: Model, path: Path, threads: int = 2, run: Runner = run_here) -> dict[str, float]:
+    """Return each metric of the model for a file made of it, by name; ``run`` says where the file runs."""
     if not path.is_file():
         raise ZooError(f"{path} does not exist")
-    session = open_session(path, threads)
     if model.metric == "cosine":
         reference = open_session(model.path, threads)
 
@@ -163,12 +171,14 @@ def evaluate(model: Model, path: Path, threads: int = 2) -> dict[str, float]:
             wanted = outputs_of(reference, dict(sample))
             return float(np.mean([metrics.cosine(outputs[name], wanted[name]) for name in wanted]))
 
-        return {"cosine": score(session, read_samples(model.folder / model.evaluation), agreement)[0]}
+        samples = list(read_samples(model.folder / model.evaluation))
+        return {"cosine": score(run(path, samples, threads), samples, agreement)}
     asked = {model.metric: model.evaluation} | {name: more["evaluation"] for name, more in model.more_metrics.items()}
-    return {
-        name.rpartition(":")[2]: score(session, read_samples(model.folder / data), resolve_metric(name))[0]
-        for name, data in asked.items()
-    }
+    found = {}
+    for name, data in asked.items():
+        samples = list(read_samples(model.folder / data))
+        found[name.rpartition(":")[2]] = score(run(path, samples, threads), samples, resolve_metric(name))
+    return found
 
 
 def print_list() -> None:

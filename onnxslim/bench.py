@@ -17,7 +17,7 @@ from onnxslim.eps import Ep, parse
 from onnxslim.errors import ModelError, UsageError
 from onnxslim.pages import samples
 from onnxslim.plots import Span, Spans
-from onnxslim.sheet import Column, Row, Sheet
+from onnxslim.sheet import Column, Row, Sheet, speed_text, tables
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -351,7 +351,7 @@ def sheets(facts: Mapping[str, Any]) -> list[Sheet]:
         Column("p10", lambda r: r["latency_ms"]["p10"], ".3f"),
         Column("p90", lambda r: r["latency_ms"]["p90"], ".3f"),
         *([Column("samples/s", "throughput", ",.0f")] if several else []),
-        Column("speed over the first", lambda r: _speed(r["speedup"], r["interval"]) if r["verdict"] else ""),
+        Column("speed over the first", lambda r: speed_text(r["speedup"], r["interval"]) if r["verdict"] else ""),
         Column("verdict", "verdict"),
         *([Column("over the first of all", _over_first)] if len({row["ep"] for row in rows}) > 1 else []),
     ]
@@ -411,8 +411,7 @@ def table(facts: Mapping[str, Any]) -> RenderableType:
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(f"! {line}", "yellow") for line in facts["warnings"]]
-    for sheet in sheets(facts):
-        parts += [sheet.table(), Text()]
+    parts += tables(sheets(facts))
     blocks = facts["bench"][0]["blocks"]
     parts += plots(facts)
     about = (
@@ -448,12 +447,8 @@ def plots(facts: Mapping[str, Any]) -> list[RenderableType]:
     return [*found, Text()]
 
 
-def _speed(speedup: float, interval: Sequence[float]) -> str:
-    return f"{speedup:.2f}x ({interval[0]:.2f} to {interval[1]:.2f})"
-
-
 def _over_first(row: Row) -> str:
-    return _speed(row["over_first"]["speedup"], row["over_first"]["interval"])
+    return speed_text(row["over_first"]["speedup"], row["over_first"]["interval"])
 
 
 def _mega(size: int | None) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxslim.errors import UsageError
-from onnxslim.sheet import Column, Sheet
+from onnxslim.sheet import Column, Sheet, speed_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -75,7 +75,7 @@ def sheets(facts: Mapping[str, Any]) -> list[Sheet]:
     def speed(which: str) -> Any:
         def text(row: Mapping[str, Any]) -> str | None:
             found = row[which]
-            return found and f"{found['speedup']:.2f}x ({found['interval'][0]:.2f} to {found['interval'][1]:.2f})"
+            return found and speed_text(found["speedup"], found["interval"])
 
         return text
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from onnxslim import budget, coupling
 from onnxslim import model as model_io
 from onnxslim.checks import generated
-from onnxslim.sheet import Column, Sheet
+from onnxslim.sheet import Column, Sheet, tables
 
 
 def facts(source: Any, shapes: Mapping[str, list[int]], *, threads: int = 0) -> dict[str, Any]:
@@ -64,4 +63,4 @@ def sheets(found: Mapping[str, Any]) -> list[Sheet]:
 
 def table(found: Mapping[str, Any]) -> RenderableType:
     """`facts` for a terminal."""
-    return Group(*(part for sheet in sheets(found) for part in (sheet.table(), Text())))
+    return Group(*tables(sheets(found)))

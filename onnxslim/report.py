@@ -92,6 +92,7 @@ class Report:
         from rich.text import Text
 
         from onnxslim.plots import Span, Spans
+        from onnxslim.sheet import speed_text
 
         parts: list[RenderableType] = [Text(f"! {line}", "yellow") for line in self.to_dict()["warnings"]]
         bars: list[Span] = []
@@ -103,9 +104,8 @@ class Report:
             sizes.add_row(name, f"{before:,}", f"{after:,}", _change(before, after))
         for entry in self.bench:
             old, new = entry["original_latency_ms"]["median"], entry["latency_ms"]["median"]
-            low, high = entry["interval"]
-            faster = f"{entry['speedup']:.2f}x ({low:.2f} to {high:.2f})"
-            sizes.add_row(f"ms on {entry['ep']}", f"{old:.3f}", f"{new:.3f}", faster)
+            speed = speed_text(entry["speedup"], entry["interval"])
+            sizes.add_row(f"ms on {entry['ep']}", f"{old:.3f}", f"{new:.3f}", speed)
             for which, key in (("original", "original_latency_ms"), ("result", "latency_ms")):
                 ms = entry[key]
                 bars.append(Span(f"{which} on {entry['ep']}", ms["p10"], ms["p90"], f"{ms['median']:.3f} ms"))

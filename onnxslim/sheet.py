@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -84,6 +85,18 @@ class Sheet:
 
 def _cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+
+
+def tables(sheets: Sequence[Sheet]) -> list[RenderableType]:
+    """Several sheets for a terminal, with an empty line behind each."""
+    from rich.text import Text
+
+    return [part for sheet in sheets for part in (sheet.table(), Text())]
+
+
+def speed_text(speedup: float, interval: Sequence[float]) -> str:
+    """A ratio of times with its interval."""
+    return f"{speedup:.2f}x ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def csv_text(sheets: Sequence[Sheet]) -> str:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import onnx
 import pytest
+import yaml
 
 import onnxslim
-from onnxslim import cli, config
+from onnxslim import api, bench, cli, config, eps
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+X = {"x": np.zeros((1, 2, 8, 8), np.float32)}
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md"]
 
@@ -73,19 +78,115 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def _commands() -> list[str]:
-    lines = [line for page in DOCS for block in _blocks(page, "sh") for line in block.splitlines()]
-    yaml = [ROOT / "examples" / name for name in ("github-action.yml", "pre-commit-config.yaml")]
-    lines += [m for path in yaml for m in re.findall(r"(?:run|entry): (onnxslim .*)", path.read_text())]
-    return [line for line in lines if line.startswith("onnxslim")]
+    lines = [
+        line for page in PAGES for kind in ("sh", "") for block in _blocks(page, kind) for line in block.splitlines()
+    ]
+    lines.append(yaml.safe_load((EXAMPLES / "pre-commit-config.yaml").read_text())["repos"][0]["hooks"][0]["entry"])
+    return list(dict.fromkeys(line.partition(" #")[0].strip() for line in lines if line.startswith("onnxslim")))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the pages name, where commands take as little time as they can."""
+    for name in ("in", "a", "b", "float", "int8"):
+        shutil.copy(tiny, tmp_path / f"{name}.onnx")
+    x = np.random.default_rng(0).standard_normal((16, 2, 8, 8)).astype(np.float32)
+    for name in ("calib", "data", "samples"):
+        np.savez(tmp_path / f"{name}.npz", x=x)
+    np.savez(tmp_path / "test.npz", x=x, labels=np.arange(16) % 3)
+    for folder in (tmp_path, tmp_path / "path" / "to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny, folder / "net.onnx")
+        (folder / "onnxslim.toml").write_text('no-bench = true\n[[model]]\nin = "net.onnx"\nout = "net.slim.onnx"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(eps, "prepare", lambda name: tmp_path / name)
+    monkeypatch.setattr(api, "_BENCH_LOSSY", 0.1)
+    monkeypatch.setattr(api, "_BENCH_LOSSLESS", 0.1)
+    return tmp_path
 
 
 @pytest.mark.parametrize("line", _commands())
-def test_commands_are_understood(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
-    name = words[0] if words[0] in cli.cli.commands else cli.DEFAULT
-    # Commands keep the help option of their first context: it must be that of the command line.
-    above = click.Context(cli.cli, **cli.cli.context_settings)
-    cli.cli.commands[name].make_context(name, words[1:] if name == words[0] else words, parent=above)
+def test_commands_run(line: str, desk: Path) -> None:
+    words = shlex.split(line)[1:]
+    if words[0] == "bench":
+        files = [desk / "a.onnx", desk / "b.onnx"]
+        facts = bench.measure(files, eps.parse("cpu"), {1: [X]}, seconds=0.05, starts=False)
+        for name in ("old", "new"):
+            (desk / f"{name}.json").write_text(json.dumps(facts))
+        words += ["--seconds", "0.1"] if words[1] != "compare" else []
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    # A budget may be missed, and a provider be missing.
+    missable = {"--max-drop", "--ep", "--bench-ep"} & set(words) and words[0] != "inspect"
+    assert caught.value.code in ((0, 1) if missable else (0,))
+    for name in ("out.onnx", "report.html"):
+        assert (desk / name).exists() or name not in words
+
+
+def test_the_workflow_is_a_gate(desk: Path, cnn: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps run in order as a runner would run them, but for installing, which `pip` stands in for."""
+    steps = yaml.safe_load((EXAMPLES / "github-action.yml").read_text())["jobs"]["slim"]["steps"]
+    assert all(("run" in step) != ("uses" in step) for step in steps)
+    install, gate, recipe = (step["run"] for step in steps if "run" in step)
+    assert install == "pip install ./onnxslim" and recipe == "onnxslim run"
+    for target, source in (("model.onnx", "model"), ("calib.npz", "calib"), ("eval.npz", "eval")):
+        if target.endswith(".npz"):  # a few samples do
+            with np.load(cnn[source]) as arrays:
+                np.savez(desk / target, **{key: array[:32] for key, array in arrays.items()})
+        else:
+            shutil.copy(cnn[source], desk / target)
+    (desk / "bin").mkdir()
+    (desk / "bin" / "onnxslim").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m onnxslim "$@"\n')
+    (desk / "bin" / "pip").write_text(f'#!/bin/sh\necho "$@" >> "{desk}/pip.log"\n')
+    for path in (desk / "bin").iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{desk / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", "-e", "-c", text], cwd=desk, capture_output=True, text=True)
+
+    for text in (install, gate, recipe):
+        done = run(text)
+        assert done.returncode == 0, done.stderr
+    assert (desk / "pip.log").read_text() == "install ./onnxslim\n"
+    assert (desk / "model.slim.onnx").exists() and (desk / "model.html").exists()
+    assert "--max-drop" in gate and "--require-int8" in gate
+    done = run(re.sub(r"--passes \S+", "--passes fold", gate))
+    assert done.returncode == 1 and "TOO FEW INTEGER KERNELS" in done.stderr
+
+
+def _dockerfile() -> list[tuple[str, str]]:
+    lines = (EXAMPLES / "Dockerfile").read_text().splitlines()
+    return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in lines if line and not line.startswith("#")]
+
+
+def test_the_dockerfile_says_what_an_image_needs() -> None:
+    found = _dockerfile()
+    assert {word for word, _ in found} == {"FROM", "COPY", "RUN", "USER", "WORKDIR", "ENTRYPOINT", "CMD"}
+    assert found[0][0] == "FROM" and " AS build" in found[0][1]
+    assert [text.split()[0] for word, text in found if word == "COPY"] == [".", "--from=build"]
+    entry = json.loads(dict(found)["ENTRYPOINT"])
+    assert entry == ["onnxslim"]
+    user = dict(found)["USER"]
+    assert any(word == "RUN" and text.startswith("useradd") and text.endswith(user) for word, text in found)
+
+
+@pytest.mark.zoo
+def test_what_the_dockerfile_runs_installs_the_command(tmp_path: Path) -> None:
+    """Its RUN lines in a new environment in the place of the base image; no user is made, and there is no container."""
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*")
+    shutil.copytree(ROOT, tmp_path / "src", symlinks=True, ignore=unwanted)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    path = f"{tmp_path / 'env' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    for word, text in _dockerfile():
+        if word == "RUN" and not text.startswith("useradd"):
+            local = re.sub(r"(?<=\s)/(src|wheels)\b", rf"{tmp_path}/\1", text)
+            subprocess.run(["sh", "-c", local], check=True, env={**os.environ, "PATH": path}, cwd=tmp_path)
+    command = [*json.loads(dict(_dockerfile())["ENTRYPOINT"]), *json.loads(dict(_dockerfile())["CMD"])]
+    command[0] = str(tmp_path / "env" / "bin" / command[0])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "Make an ONNX file smaller" in done.stdout
 
 
 def test_every_example_is_named_in_the_docs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from onnxslim.report import Report
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import reports
 from browser import CHROMIUM, Browser
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -27,11 +29,7 @@ LONG = "/encoder/stages.2/blocks.17/attention/self/query_key_value_projection/Ma
 
 
 def report(*, layers: int = 12, **changes: Any) -> Report:
-    """A report with something in every section."""
-    figures = {"nodes": 10, "parameters": 1000, "macs": 5000, "bytes": 4000}
-    latency = {"median": 2.0, "p10": 1.9, "p90": 2.2, "runs": 9}
-    speed = {"latency_ms": latency, "original_latency_ms": {**latency, "median": 4.0, "p10": 3.8, "p90": 4.5}}
-    speed |= {"speedup": 2.0, "interval": [1.9, 2.1]}
+    """A report with something in every section, and two execution providers."""
     cost = {"operator": "Conv", "bytes": 400, "bits": 32, "channels": 64}
     histogram = {"low": -1.0, "high": 1.0, "counts": [1, 5, 9, 4, 2]}
     details = {
@@ -56,31 +54,9 @@ def report(*, layers: int = 12, **changes: Any) -> Report:
         "models": [{"name": n, "ms": m, "quality": q} for n, m, q in (("original", 4.0, 0.9), ("int8", 2.0, 0.89))],
         "quality": "top1",
     }  # fmt: skip
-    values: dict[str, Any] = {
-        "before": figures,
-        "after": {**figures, "nodes": 8, "bytes": 1000},
-        "passes": [
-            {
-                "name": "prune",
-                "options": {"ratio": 0.5},
-                "seconds": 1.5,
-                "stats": {"removed": 16, "error": 0.01234567},
-                "skipped": [{"node": f"conv{k}", "reason": "frozen by Loop"} for k in range(30)],
-            }
-        ],
-        "fidelity": {
-            "samples": 4,
-            "data": "x.npz",
-            "held_out": True,
-            "outputs": [{"output": "y", "relative_l2": 0.01, "max_abs": None, "cosine": 0.999, "top1_agreement": 0.9}],
-        },
-        "metric": {"name": "top1", "before": 0.9, "after": 0.89, "drop": 0.01, "max_drop": None, "samples": 4},
-        "bench": [{"ep": "cpu", **speed}, {"ep": "openvino", **speed}],
-        "environment": {"cpu": "some", "versions": {"onnx": "1"}, "command": "onnxslim a b"},
-        "warnings": ["synthetic inputs"],
-        "details": details,
-    }
-    return Report(**{**values, **changes})
+    found = reports.report(skipped=30, details=details)
+    found.bench.append({**found.bench[0], "ep": "openvino"})
+    return dataclasses.replace(found, **changes)
 
 
 class _Outline(HTMLParser):

@@ -1,4 +1,7 @@
-"""What the README prints works: its two commands are there, its Python runs, and its options exist."""
+"""What the README prints works: its two commands are there, its Python runs, and its options exist.
+
+Its other commands run with those of docs/, in test_docs.py.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,6 @@ def test_the_python_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "models").symlink_to(ROOT / "models")
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "out.onnx").exists()
-
-
-def _lines() -> list[str]:
-    found = [line for block in _blocks("") for line in block.splitlines()]
-    return [line for line in found if line.startswith("onnxslim")]
-
-
-@pytest.mark.parametrize("line", _lines())
-def test_every_command_line_is_understood(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
-    name = words[0] if words[0] in cli.cli.commands else cli.DEFAULT
-    command = cli.cli.commands[name]
-    command.make_context(name, words[1:] if name == words[0] else words)
 
 
 def test_every_option_in_the_text_exists() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -34,11 +35,20 @@ def test_a_run_counts_what_the_rows_say() -> None:
         again = {"interval": interval, "disturbed": 0.1, "waited": 0.0}
         return [{}, again, {"verdict": verdict, "speedup": 0.9}]
 
-    row = timing.Row("net", "idle")
+    row = timing.Row("net", 1, "idle")
     for interval, verdict in (((0.9, 1.1), "slower"), ((1.01, 1.1), "slower"), ((0.9, 0.99), "same within noise")):
         row.add(rows(interval, verdict))
     assert (row.runs, row.same, row.slower) == (3, 1, 2)
     assert row.ratios[0] == pytest.approx(1 / 0.9)
+
+
+def test_one_command_runs_several_cases(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    timing.main(["--runs", "1", "--seconds", "0.01", "--other", "idle", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    cases = [(row["threads"], row["other_core"]) for row in rows]
+    assert cases == [(1, "idle"), (2, "idle")] and all(row["runs"] == 1 for row in rows)
+    assert capsys.readouterr().out.count("small ") == 2
 
 
 def test_the_busy_process_ends() -> None:

@@ -172,6 +172,12 @@ def test_other_providers_are_timed_in_turn_too(cnn: dict[str, str]) -> None:
     assert found["after"]["runs"] == found["before"]["runs"]
 
 
+def test_other_providers_give_the_metric_too(cnn: dict[str, str], tmp_path: Path) -> None:
+    model = steps.thin(zoo.zoo.find("fmnist_cnn"), 16, tmp_path)
+    there = zoo.zoo.evaluate(model, model.path, 1, steps.runner("cpu(affinity=[0])"))
+    assert there == zoo.zoo.evaluate(model, model.path, 1)
+
+
 @pytest.mark.parametrize("ep", ["tpu", "cpu,openvino"])
 def test_one_provider_is_timed(ep: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
