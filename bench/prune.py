@@ -1,11 +1,12 @@
 """Prunes real models to budgets, without labels or training, and prints what that costs.
 
-    python bench/prune.py [NAME ...] [--latency] [--threads N]       models of models/zoo.py and models/train_plain.py
+    python bench/prune.py [NAME ...] [--latency] [--peers] [--threads N]     models of models/zoo.py, train_plain.py
     python bench/prune.py --corpus [NAME ...] [--ratio 0.3]          every file of models/corpus.py
 
 The first table has one row for each model and budget: what is left of MACs and parameters, the metric before and
 after on the evaluation data, the drop in points beside the most that it may be, and the seconds that pruning took;
-`--latency` adds the measured time of the result over that of the input.
+`--latency` adds the measured time of the result over that of the input, `--peers` a row for what each tool of
+bench/pruners.py makes of the model, with the MACs that our result has left.
 
 `--corpus` prunes every file to a ratio and prints the share of its parameters that leaves, the largest relative
 difference between the masked and the pruned model, and whether the outputs keep their shapes; for a file that loses
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,6 +34,7 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import pruners
 from models import corpus, zoo
 from models.packages import cache_root
 from onnxslim import cost, coupling, data, pipeline, runtime
@@ -130,7 +133,34 @@ def run_case(name: str, text: str, bar: float | None, options: argparse.Namespac
         f"  {seconds:.0f} s {' '.join(context.warnings)}",
         flush=True,
     )
+    if options.peers:
+        run_peers(name, found, before.macs, after.macs, old, folder / "peer.onnx", options.threads)
     return bar is None or drop <= bar
+
+
+def run_peers(name: str, found: Subject, macs: int, goal: int, old: float, path: Path, threads: int) -> None:
+    """Print a row for every peer that can prune the model down to ``goal`` MACs."""
+    samples = data.open_data(str(found.calibration), data.input_specs(model_io.load(found.path)))
+    feed = samples.feed(samples[0])
+
+    def left(file: Path) -> float:
+        return float(cost.analyze(model_io.load(file), feed).macs)
+
+    makers = {"onnxsim": lambda: pruners.onnxsim(found.path, path, found.calibration, left, goal)}
+    if name in pruners.NETWORKS:
+        makers["torch-pruning"] = lambda: pruners.torch_pruning(name, found.path, path, left, goal)
+    for peer, make in makers.items():
+        path.unlink(missing_ok=True)
+        try:
+            make()
+        except subprocess.CalledProcessError as error:
+            lines = str(error.stderr or error).strip().splitlines() or [str(error)]
+            print(f"{name:22} {peer:22} failed: {lines[-1][:200]}", flush=True)
+            continue
+        new = found.score(path, threads)
+        drop = 100 * (old - new)
+        share = f"{name:22} {peer:22} MACs {left(path) / macs:.2f}{'':18}"
+        print(f"{share}{100 * old:.2f} -> {100 * new:.2f}  drop {drop:5.2f}", flush=True)
 
 
 def run_file(entry: corpus.Entry, ratio: float, threads: int) -> tuple[float, bool]:
@@ -191,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--corpus", action="store_true", help="the files of models/corpus.py")
     parser.add_argument("--ratio", type=float, default=0.3, help="of the corpus")
+    parser.add_argument("--peers", action="store_true", help="other tools beside ours, at the same MACs")
     parser.add_argument("--latency", action="store_true", help="measure the time of the results")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)

@@ -10,6 +10,7 @@ The oracle that holds for everything found here: multiplying the contracted inpu
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -71,7 +72,7 @@ class Family:
     """Interchangeable units of removal: atoms that appear on exactly the same axes, in the same role.
 
     Attributes:
-        name: the first tensor that carries them.
+        name: the first tensor that carries them, with "#2" and so on behind it where several families share that one.
         atoms: (n,) ids.
         sites: contractions that feel their removal.
         weights: constants that shrink, each with the axis.
@@ -227,7 +228,14 @@ class Coupling:
             if len(atoms) > 1 and any(k < 0 for k, *_ in where)
         ]
         order = {name: k for k, name in enumerate(dict.fromkeys(first.values()))}
-        return sorted(families, key=lambda f: (order[f.name], int(f.atoms[0])))
+        families.sort(key=lambda f: (order[f.name], int(f.atoms[0])))
+        # Heads and positions within the heads are first carried by the same tensor.
+        seen: collections.Counter[str] = collections.Counter()
+        for family in families:
+            seen[family.name] += 1
+            if seen[family.name] > 1:
+                family.name = f"{family.name}#{seen[family.name]}"
+        return families
 
     def frozen(self) -> dict[str, str]:
         """Weights that cannot shrink on any axis, with the reason: {initializer name: reason}."""

@@ -13,6 +13,7 @@ error is also what the allocation of widths goes by.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,11 @@ class Contribution:
     moments: np.ndarray
     units: np.ndarray
     held: np.ndarray | None = None
+
+    @functools.cached_property
+    def products(self) -> np.ndarray:
+        """MᵀM, (n, n)."""
+        return self.matrix.T @ self.matrix
 
 
 @dataclasses.dataclass
@@ -109,18 +115,24 @@ def _order(
 
 
 class _State:
-    """What is left of one contribution: its matrix after the others took over, and the inverse of its moments."""
+    """What is left of one contribution: the inverse of its moments, and the products of its columns.
+
+    With M the matrix after the others took over, the surgeon only asks for Q = MᵀM, (n, n) however many outputs there
+    are. Taking S out with A = ([H⁻¹]_SS)⁻¹ [H⁻¹]_S: turns M into M - M_S A.
+    """
 
     def __init__(self, contribution: Contribution, count: int, ridge: float) -> None:
         moments = contribution.moments
-        self.original = contribution.matrix
-        self.matrix = contribution.matrix.copy()
-        self.energy = _energy(self.matrix, moments)
+        self.first = contribution.products
+        self.products = self.first.copy()
+        self.energy = max(float(np.sum(self.first * moments)), 1e-30)
         self.held = contribution.held
-        self.held_energy = 0.0 if self.held is None else _energy(self.matrix, self.held)
-        self.inverse = np.linalg.inv(moments + ridge * np.mean(np.diag(moments)) * np.eye(len(moments)))
+        self.held_energy = 0.0 if self.held is None else max(float(np.sum(self.first * self.held)), 1e-30)
+        self.moments = moments + ridge * np.mean(np.diag(moments)) * np.eye(len(moments))
+        self.inverse = np.linalg.inv(self.moments)
         self.units = contribution.units
         self.columns = [np.flatnonzero(contribution.units == unit) for unit in range(count)]
+        self.gone = np.zeros(len(moments), bool)
         self.alive = np.ones(count, bool)
         self.scores = np.zeros(count)
         self._score()
@@ -132,13 +144,16 @@ class _State:
             if not members:
                 continue
             columns = np.stack([self.columns[u] for u in members])  # (units, size)
-            parts = self.matrix.T[columns]  # (units, size, out)
             if size == 1:
-                diagonal = np.maximum(self.inverse[columns[:, 0], columns[:, 0]], 1e-30)
-                self.scores[members] = np.sum(parts[:, 0] ** 2, axis=1) / diagonal / self.energy
+                own = columns[:, 0]
+                self.scores[members] = self.products[own, own] / np.maximum(self.inverse[own, own], 1e-30)
             else:
-                blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
-                self.scores[members] = np.sum(np.linalg.solve(blocks, parts) * parts, axis=(1, 2)) / self.energy
+                pairs = columns[:, :, None], columns[:, None, :]
+                self.scores[members] = np.trace(
+                    np.linalg.solve(self.inverse[pairs], self.products[pairs]), axis1=1, axis2=2
+                )
+        self.scores = np.maximum(self.scores, 0.0)
+        self.scores[self.alive] /= self.energy
 
     def remove(self, units: np.ndarray) -> float:
         """Take units out and let the others take over what they can; returns the relative error that this adds."""
@@ -147,25 +162,29 @@ class _State:
         if not len(columns):
             return 0.0
         cross = self.inverse[:, columns]
-        solved = np.linalg.solve(cross[columns], cross.T)
-        part = self.matrix[:, columns]
-        cost = float(np.sum(np.linalg.solve(cross[columns], part.T) * part.T)) / self.energy
-        self.matrix -= part @ solved
-        self.inverse -= cross @ solved
+        taken = np.linalg.solve(cross[columns], cross.T)
+        rows = self.products[columns]
+        cost = float(np.trace(np.linalg.solve(cross[columns], rows[:, columns]))) / self.energy
+        half = rows - 0.5 * rows[:, columns] @ taken
+        self.products -= np.concatenate([taken, half]).T @ np.concatenate([half, taken])
+        self.inverse -= cross @ taken
         # What has left stays in place as a column of zeros that no other column can lean on.
-        self.matrix[:, columns] = 0
-        self.inverse[columns] = 0
-        self.inverse[:, columns] = 0
+        for array in (self.products, self.inverse):
+            array[columns] = 0
+            array[:, columns] = 0
         self.inverse[columns, columns] = 1.0
+        self.gone[columns] = True
         self._score()
         return max(cost, 0.0)
 
     def held_error(self) -> float:
         """Relative squared error of the outputs on the samples held back, 0 without any."""
-        if self.held is None:
+        if self.held is None or not self.gone.any():
             return 0.0
-        return _energy(self.original - self.matrix, self.held) / self.held_energy
-
-
-def _energy(matrix: np.ndarray, moments: np.ndarray) -> float:
-    return max(float(np.sum((matrix @ moments) * matrix)), 1e-30)
+        keep = ~self.gone
+        # The outputs lose M_S z, z = x_S - H_SK (H_KK)⁻¹ x_K: what the others cannot take over.
+        lost = np.zeros((int(self.gone.sum()), len(keep)))
+        lost[:, self.gone] = np.eye(len(lost))
+        lost[:, keep] = -self.moments[np.ix_(self.gone, keep)] @ self.inverse[np.ix_(keep, keep)]
+        left = (lost @ self.held) @ lost.T
+        return float(np.sum(self.first[np.ix_(self.gone, self.gone)] * left)) / self.held_energy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -15,9 +15,9 @@ from onnxslim.channels import Labels
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.coupling import Coupling, Family, Site
 from onnxslim.data import Data
-from onnxslim.errors import CheckError
+from onnxslim.errors import CheckError, ModelError
 from onnxslim.graph import by_output, captured, set_constant, walk
-from onnxslim.passes.prune import allocate, measure
+from onnxslim.passes.prune import allocate, measure, safety
 from onnxslim.passes.prune import importance as surgeon
 from onnxslim.passes.prune import lossless as free_channels
 from onnxslim.passes.prune import record as plans
@@ -32,7 +32,6 @@ LEVELS = (0.35, 1.0)  # parts of what may leave a family at which that is measur
 FELT = 1e-4  # relative error of the readers that is more than rounding
 MOST = 0.6  # share of a family that can leave when only what is nearly free may
 HELD = 0.2  # share of the samples that judge
-ORACLE = 1e-3  # relative difference allowed between the masked and the pruned model at run time (float32 rounding)
 BUDGETS = ("ratio", "params", "macs", "latency")
 
 
@@ -115,13 +114,29 @@ class Prune(Pass):
         return any(getattr(self, name) is not None for name in (*BUDGETS, "plan"))
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
-        """Remove channels from ``model`` in place."""
+        """Remove channels from ``model`` in place; families that cannot leave soundly are put back and named."""
         feed = ctx.calibration.feed(ctx.calibration[0])
         if self.lossless:
             return self._free(model, feed, ctx)
+        whole: dict[str, str] = {}
+        while True:
+            before = model.clone()
+            try:
+                return self._remove(model, feed, whole, ctx)
+            except safety.UnsoundError as error:
+                if not error.families:
+                    raise
+                whole.update((name, f"put back: {error}") for name in error.families)
+                model.graph = before.graph
+
+    def _remove(
+        self, model: ir.Model, feed: Mapping[str, np.ndarray], whole: Mapping[str, str], ctx: Context
+    ) -> Outcome:
+        """Remove channels of all families but those in ``whole``, which come with the reason."""
         coupled = coupling.analyze(model, feed, threads=ctx.threads)
         outcome = Outcome(skipped=[Skip(name, why) for name, why in coupled.frozen().items()])
-        families = self._candidates(coupled, outcome)
+        families = [f for f in self._candidates(coupled, outcome) if f.name not in whole]
+        outcome.skipped.extend(Skip(name, why) for name, why in whole.items())
         outcome.stats["families"] = len(families)
         if not families:
             return outcome
@@ -168,19 +183,43 @@ class Prune(Pass):
             if not m:
                 why = f"one step of its {len(family.atoms)} channels costs more than elsewhere"
                 outcome.skipped.append(Skip(family.name, why))
+        kept = plans.kept(coupled, atoms)
         outcome.stats.update(
             units=sum(len(f.atoms) for f in families),
             removed=int(sum(counts)),
             widths={f.name: [len(f.atoms), len(f.atoms) - m] for f, m in zip(families, counts, strict=True) if m},
         )
-        if self.record is not None:
-            gone = [o.units[:m] for o, m in zip(orders, counts, strict=True)]
-            plans.write(self.record, plans.kept(coupled, atoms), families, gone)
         if len(atoms):
             _copy_weights(masked, coupled)
-            coupled.remove(atoms)
-            outcome.stats["oracle"] = _check_oracle(masked, model, ctx)
+            outcome.stats["oracle"] = self._cut(model, masked, coupled, atoms, feed, families, ctx)
+        if self.record is not None:
+            gone = [o.units[:m] for o, m in zip(orders, counts, strict=True)]
+            plans.write(self.record, kept, families, gone)
         return outcome
+
+    @staticmethod
+    def _cut(
+        model: ir.Model,
+        masked: ir.Model,
+        coupled: Coupling,
+        atoms: np.ndarray,
+        feed: Mapping[str, np.ndarray],
+        families: Sequence[Family],
+        ctx: Context,
+    ) -> float:
+        """Remove ``atoms`` from ``model``, which is that of ``coupled``; returns how far it is from the masked one.
+
+        Raises:
+            UnsoundError: with the families at fault.
+        """
+        before = model.clone()
+        try:
+            coupled.remove(atoms)
+            return safety.check(masked, model, ctx)
+        except (CheckError, ModelError) as error:
+            alone = {f.name: np.intersect1d(f.atoms, atoms) for f in families}
+            fault = safety.at_fault(before, feed, {name: own for name, own in alone.items() if len(own)}, ctx)
+            raise safety.UnsoundError(str(error), fault) from error
 
     def _free(self, model: ir.Model, feed: Mapping[str, np.ndarray], ctx: Context) -> Outcome:
         """Remove from ``model`` what has no effect."""
@@ -191,7 +230,7 @@ class Prune(Pass):
         found, left = free_channels.remove_free(model, feed, lambda c: self._candidates(c, Outcome()), ctx.threads)
         outcome.stats.update({"families": len(families), **found})
         if any(found.values()):
-            outcome.stats["oracle"] = _check_oracle(original, model, ctx)
+            outcome.stats["oracle"] = safety.check(original, model, ctx)
         if self.record is not None:
             plans.write(self.record, left)
         return outcome
@@ -341,26 +380,3 @@ def _error(original: ir.Model, candidate: ir.Model, data: Data, ctx: Context) ->
     """Relative squared error of the outputs, mean over samples."""
     runners = [runtime.load(m, threads=ctx.threads) for m in (original, candidate)]
     return float(np.mean([measure.output_error(*(runtime.run(r, feed) for r in runners)) for feed in data.feeds()]))
-
-
-def _check_oracle(masked: ir.Model, pruned: ir.Model, ctx: Context) -> float:
-    """The largest relative difference between the masked and the pruned model on a few samples.
-
-    Raises:
-        CheckError: it is more than rounding, or an output has another shape.
-    """
-    runners: list[Any] = [runtime.load(m, threads=ctx.threads) for m in (masked, pruned)]
-    largest = 0.0
-    for feed in ctx.calibration.spread(2).feeds():
-        expected, got = (runtime.run(r, feed) for r in runners)
-        for name, array in expected.items():
-            if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or not array.size:
-                continue
-            if array.shape != got[name].shape:
-                raise CheckError(f"prune: output {name} has shape {got[name].shape} instead of {array.shape}")
-            size = float(np.abs(array).max())
-            worst = float(np.abs(array.astype(np.float64) - got[name]).max())
-            if not worst <= ORACLE * size + 1e-6:
-                raise CheckError(f"prune: output {name} differs by {worst:.3g} from the masked model's")
-            largest = max(largest, worst / max(size, 1e-3))
-    return largest

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from onnxslim.errors import UsageError
 from onnxslim.graph import constant
 from onnxslim.passes.prune import Prune
 from onnxslim.passes.prune.record import composed
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from coupled_graphs import Builder
 
 MODEL = Path(__file__).parents[3] / "models" / "fmnist_cnn.onnx"
 
@@ -42,6 +47,25 @@ def test_a_plan_says_what_stays_and_is_replayed(ctx: Context, tmp_path: Path) ->
         np.testing.assert_array_equal(
             np.asarray(constant(value)), np.asarray(constant(second.graph.initializers[name]))
         )
+
+
+def test_families_that_share_a_tensor_are_told_apart(tmp_path: Path) -> None:
+    """Heads and positions within the heads are carried by the same tensors."""
+    b = Builder()
+    x = b.input("x", 2, 5, 12)
+    q, k, v = (b.heads(b.dense(x, 12, 16), 4, 4) for _ in range(3))
+    proto = b.proto(b.dense(b.join(b.attend(q, k, v), 16), 16, 3))
+    samples = [{"x": np.random.default_rng(k).standard_normal((2, 5, 12)).astype(np.float32)} for k in range(6)]
+    context = Context(data_io.open_data(samples, data_io.input_specs(model_io.load(proto))), threads=1)
+    path = str(tmp_path / "plan.json")
+    first, second = model_io.load(proto), model_io.load(proto)
+    outcome = Prune(ratio=0.6, refit=False, record=path).apply(first, context)
+    assert len(outcome.stats["widths"]) > 1
+    names = [family["name"] for family in json.loads(Path(path).read_text())["families"]]
+    assert len(set(names)) == len(names)
+    Prune(plan=path, refit=False).apply(second, context)
+    shapes = [{n: v.shape for n, v in m.graph.initializers.items()} for m in (first, second)]
+    assert shapes[0] == shapes[1]
 
 
 def test_what_is_no_plan_for_this_model_is_refused(ctx: Context, tmp_path: Path) -> None:
