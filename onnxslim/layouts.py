@@ -2,15 +2,15 @@
 
 For a change of form (`onnxslim.storage`), every indifferent node is *turned* (it computes on the outer form) or not. A
 tensor that one side makes and the other side reads costs one node, however many read it; the changes at the border cost
-nothing on the turned side. The cheapest choice is a minimum cut, so the number of changes left is the least there is
-for that form, and nothing is rewritten unless it falls.
+nothing on the turned side, nor does one that becomes one with the Transpose beside it. The cheapest choice is a minimum
+cut, so the number of changes left is the least there is for that form, and nothing is rewritten unless it falls.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxslim.graph import fresh_name, replace
+from onnxslim.graph import fresh_name, only_user, replace
 from onnxslim.mincut import INFINITE, Network
 from onnxslim.shape_rules import Fact, Shape
 from onnxslim.shapes import Shapes
@@ -99,13 +99,17 @@ class _Search:
             edges += len(inside) + 2
             made, read = ("made", value), ("read", value)
             if producer is None or (producer not in region and not self._enters(producer, region)):
-                network.add(read, "kept", leave)
+                merged = self._change.merges(producer) and only_user(value) is not None
+                network.add(read, "kept", 0 if merged else leave)
                 for node in inside:
                     network.add(node, read, INFINITE)
                 continue
             outs = 0
             if producer in region:
-                network.add(producer, made, enter)
+                reader = only_user(value)
+                merged = reader is not None and reader in self._positions and self._change.merges(reader)
+                outward = reader is not None and self._change.leads_out(reader)
+                network.add(producer, made, 0 if merged and not outward else enter)
                 network.add(read, producer, leave if inside else 1)
                 outs = sum(self._change.leads_out(u.node) for u in value.uses())
                 if outs:

@@ -111,17 +111,27 @@ def normalize(model: ir.Model, warnings: list[str] | None = None) -> ir.Model:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Fill in the types and shapes that follow from the inputs; what cannot be inferred stays unknown."""
+    """Fill in the types and shapes that follow from the inputs; what cannot be inferred stays unknown.
+
+    What is declared about outputs stays as it is.
+    """
     import logging
 
     # A graph with operators of an unknown domain is legal: inference stops there, which is no news to the user.
     logger = logging.getLogger("onnx_ir")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    weights = model.graph.initializers
+    order = list(weights)
+    declared = [value.shape for value in model.graph.outputs]
     try:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     finally:
         logger.setLevel(level)
+        for name in order:  # inference leaves the large ones out, and appends them again
+            weights[name] = weights.pop(name)
+        for value, shape in zip(model.graph.outputs, declared, strict=True):
+            value.shape = value.shape if shape is None else shape
 
 
 def weight_bytes(model: ir.Model) -> int:

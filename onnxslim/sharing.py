@@ -7,6 +7,7 @@ operators of other domains are never merged, and every graph output keeps its na
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections import ChainMap
 from collections.abc import Hashable
 
@@ -15,12 +16,18 @@ import onnx_ir as ir
 
 from onnxslim.graph import is_deterministic, replace, subgraphs
 
+# What the weights of a model hash to: a key in Model.meta.
+DIGESTS = "onnxslim.digests"
 _COMMUTATIVE = frozenset({"Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Equal", "Mul", "Or", "Xor"})
 
 
 def deduplicate_initializers(model: ir.Model) -> tuple[int, int]:
     """Make every use of equal weights read one of them; returns (initializers removed, bytes saved)."""
     groups: dict[Hashable, list[ir.Value]] = {}
+    # A tensor never changes, and the same ones come by many times.
+    digests: weakref.WeakKeyDictionary[ir.TensorProtocol, bytes] = model.meta.setdefault(
+        DIGESTS, weakref.WeakKeyDictionary()
+    )
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None or value.is_graph_input():
@@ -35,7 +42,9 @@ def deduplicate_initializers(model: ir.Model) -> tuple[int, int]:
         for value in sorted(values, key=lambda v: not v.is_graph_output()):
             tensor = value.const_value
             assert tensor is not None
-            original = first.setdefault(_digest(tensor), value)
+            if tensor not in digests:
+                digests[tensor] = _digest(tensor)
+            original = first.setdefault(digests[tensor], value)
             if original is value or value.is_graph_output():
                 continue
             value.replace_all_uses_with(original)

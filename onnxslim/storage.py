@@ -29,6 +29,8 @@ UNARY = frozenset(_UNARY_NAMES.split())
 _BROADCAST = frozenset({*BROADCAST.split(), "PRelu", "Where"})
 # Sums would be added up in another order, which is another rounding.
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMin"})
+# Where the axis is by default.
+_AXIS = {"Concat": 1, "Split": 0}
 # A weight that other nodes read too is stored a second time when it is transposed: small ones only.
 _COPIED_BYTES = 4096
 
@@ -80,6 +82,10 @@ class Change(abc.ABC):
     @abc.abstractmethod
     def leave(self, value: ir.Value, before: ir.Node) -> ir.Value:
         """A new node that gives the outer form of ``value``."""
+
+    @abc.abstractmethod
+    def merges(self, node: ir.Node | None) -> bool:
+        """True for a node that becomes one with a node of this change beside it, when nothing else reads in between."""
 
     @abc.abstractmethod
     def accepts(self, node: ir.Node) -> bool:
@@ -137,6 +143,9 @@ class Permutation(Change):
         perm = list(self.inverse)
         return add_node(self.top, "Transpose", [value], before=before, attributes={"perm": perm}).outputs[0]
 
+    def merges(self, node: ir.Node | None) -> bool:
+        return is_op(node, "Transpose")
+
     def accepts(self, node: ir.Node) -> bool:
         if node.op_type in UNARY:
             return True
@@ -151,6 +160,8 @@ class Permutation(Change):
             return bool(attribute(node, "keepdims", 1)) and bool(call.param("axes", 1))
         if node.op_type == "Slice":
             return self.opset >= 10 and slice_bounds(call) is not None
+        if node.op_type == "Split":
+            return True
         if node.op_type == "Pad":
             plain = len(node.inputs) < 4 or node.inputs[3] is None
             return self.opset >= 11 and plain and pad_amounts(call) is not None
@@ -166,8 +177,8 @@ class Permutation(Change):
         rank = len(self.perm)
         for k in self.constants(node):
             self._turn_constant(node, k)
-        if node.op_type == "Concat":
-            set_attribute(node, "axis", self.perm[axis_of(attribute(node, "axis", 1), rank)])
+        if node.op_type in ("Concat", "Split"):
+            set_attribute(node, "axis", self.perm[axis_of(attribute(node, "axis", _AXIS[node.op_type]), rank)])
         elif node.op_type in _REDUCTIONS:
             axes = [self.perm[axis_of(a, rank)] for a in self.shapes.call(node).param("axes", 1) or ()]
             if len(node.inputs) > 1 and node.inputs[1] is not None:
@@ -240,6 +251,9 @@ class Reshaping(Change):
 
     def leave(self, value: ir.Value, before: ir.Node) -> ir.Value:
         return add_view(value, self._inner, self._outer, self.opset, self.top, before=before)
+
+    def merges(self, node: ir.Node | None) -> bool:
+        return False  # two views are one only where a target made of numbers says so
 
     def accepts(self, node: ir.Node) -> bool:
         if node.op_type in UNARY:

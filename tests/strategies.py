@@ -448,7 +448,8 @@ def masked(b: Builder, x: Value) -> Value | None:
 Template = Callable[[Builder, Value], Value | None]
 LINEAR: tuple[Template, ...] = (conv, conv_transpose, gemm, matmul)
 AFFINE: tuple[Template, ...] = (elementwise, batchnorm, elementwise, grow)
-OTHER: tuple[Template, ...] = (activation, pool, pad, reshape, transpose, join, split, branch, masked)
+MOVEMENT: tuple[Template, ...] = (reshape, transpose, split)
+OTHER: tuple[Template, ...] = (activation, pool, pad, *MOVEMENT, join, branch, masked)
 
 
 @st.composite

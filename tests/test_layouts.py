@@ -124,6 +124,37 @@ def test_a_tensor_meets_its_own_transpose(ends: str) -> None:
     np.testing.assert_array_equal(run(proto)[0], run(result)[0])
 
 
+def test_parts_of_one_tensor_are_turned_before_it_is_split() -> None:
+    proto = build(
+        """(float[2, 5, 12, 8] x) => (float[2, 4, 5, 8] y) {
+            q, k, v = Split<axis=2>(x, sizes)
+            a = Transpose<perm=[0, 2, 1, 3]>(q)
+            b = Transpose<perm=[0, 2, 3, 1]>(k)
+            c = Transpose<perm=[0, 2, 1, 3]>(v)
+            d = MatMul(a, b)
+            y = MatMul(d, c)
+        }""",
+        ("sizes", np.array([4, 4, 4])),
+    )
+    result = simplified(proto)
+    # The Transpose of the keys goes in front of the Split as well, but for the part that only they need.
+    assert operators(result) == ["Transpose", "Split", "Transpose", "MatMul", "MatMul"]
+    for want, got in zip(run(proto), run(result), strict=True):
+        np.testing.assert_array_equal(want, got)
+
+
+def test_parts_that_are_turned_and_read_as_they_are_stay_apart() -> None:
+    proto = build(
+        """(float[2, 5, 8, 8] x) => (float[2, 4, 5, 8] y, float[2, 5, 4, 8] z) {
+            q, k = Split<axis=2>(x, sizes)
+            y = Transpose<perm=[0, 2, 1, 3]>(q)
+            z = Sigmoid(k)
+        }""",
+        ("sizes", np.array([4, 4])),
+    )
+    assert sorted(operators(simplified(proto))) == ["Sigmoid", "Split", "Transpose"]
+
+
 def test_a_single_transpose_stays_where_it_is() -> None:
     proto = build("(float[2, 3] x) => (float[3, 2] y) { a = Transpose<perm=[1, 0]>(x)\n y = Relu(a) }")
     assert operators(simplified(proto)) == ["Transpose", "Relu"]

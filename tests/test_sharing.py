@@ -10,6 +10,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from onnxslim import model as model_io
+from onnxslim import sharing
+from onnxslim.graph import set_constant
+
 sys.path.insert(0, str(Path(__file__).parent))
 from oracles import apply, assert_same, interface, node_count, operators
 
@@ -117,3 +121,15 @@ def test_a_branch_reuses_what_was_computed_before_it() -> None:
     assert node_count(result) == 5  # Exp, If, Neg, Sin, Mul
     for value in (True, False):
         assert_same(proto, result, {"c": np.array(value), "x": np.array([1, 2, 3, 4], np.float32)}, rtol=0)
+
+
+def test_a_weight_is_hashed_once_and_a_new_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[object] = []
+    real = sharing._digest
+    monkeypatch.setattr(sharing, "_digest", lambda tensor: hashed.append(tensor) or real(tensor))
+    v, w = np.arange(64, dtype=np.float32), np.ones(64, np.float32)
+    model = model_io.load(build("(float[n, 64] x) => (float[n, 64] y) { a = Mul(x, v) y = Add(a, w) }", v=v, w=w))
+    assert [sharing.deduplicate_initializers(model)[0] for _ in range(2)] == [0, 0]
+    assert len(hashed) == 2
+    set_constant(model.graph.initializers["w"], v)
+    assert sharing.deduplicate_initializers(model) == (1, 256)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from onnxslim import timing
 
@@ -25,6 +26,13 @@ def test_the_interval_of_the_centre_covers_it(noise: str, blocks: int) -> None:
     covered = [low <= 0.7 <= high for _, (low, high) in map(timing.centre, draws)]
     # 99 % is promised; 1500 draws find it within 0.8 points (three standard deviations).
     assert np.mean(covered) > timing.CONFIDENCE - 0.008
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+def test_few_blocks_have_the_interval_of_student(count: int) -> None:
+    values = RNG.standard_normal(count)
+    want = stats.t.interval(timing.CONFIDENCE, count - 1, values.mean(), stats.sem(values))
+    assert timing.centre(values)[1] == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [8, 9, 12])

@@ -17,6 +17,7 @@ from onnxslim.passes.fold.pads import absorb_pads
 from onnxslim.passes.fold.products import merge_products
 from onnxslim.passes.fold.scales import absorb_scales
 from onnxslim.passes.fold.work import Work
+from onnxslim.passes.simplify import Simplify
 from onnxslim.sharing import deduplicate_initializers
 
 # In this order: an affine map goes into the operator before it (always exact) rather than into the one behind it, and
@@ -61,7 +62,7 @@ class Fold(Pass):
     A weight that several nodes share is changed in place only when all of them change alike; it is copied only when
     what disappears weighs as much. Nodes that ONNX Runtime fuses into one kernel (the constants of GELU and of a
     decomposed layer normalization) stay. The algebra is done in float64 and rounded once to the type of the weight.
-    The file never grows, nor does the number of nodes.
+    The file never grows, nor does the number of nodes. What was folded is simplified again, until neither finds more.
     """
 
     name: ClassVar[str] = "fold"
@@ -73,15 +74,27 @@ class Fold(Pass):
         if version < OLDEST_OPSET:
             return Outcome(skipped=[Skip("*", f"operator set {version} is older than {OLDEST_OPSET}")])
         work = Work(model)
-        done = -1
-        while work.done.total() != done:
-            done = work.done.total()
-            work.reasons.clear()
-            for rule in RULES:
-                rule(work)
-        g.remove_dead(model.graph, start=[])
-        deduplicate_initializers(model)
+        while _fold(work):
+            # What stood between two nodes that move data, or made two nodes differ, may be gone: that is for it to see,
+            # and what it takes away may bring the next constant beside an operator.
+            Simplify().apply(model, ctx)
+            work.graphs = list(model.graphs())
         return Outcome(dict(sorted(work.done.items())), _left(work))
+
+
+def _fold(work: Work) -> bool:
+    """Apply every rule until none finds anything; True when one did."""
+    before = done = work.done.total()
+    while True:
+        work.reasons.clear()
+        for rule in RULES:
+            rule(work)
+        if work.done.total() == done:
+            break
+        done = work.done.total()
+    g.remove_dead(work.graph, start=[])
+    deduplicate_initializers(work.model)
+    return done > before
 
 
 def _left(work: Work) -> list[Skip]:

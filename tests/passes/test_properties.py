@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracles import apply, assert_same, interface, node_count
-from strategies import AFFINE, LINEAR, Case, graphs, pad, pool
+from strategies import AFFINE, LINEAR, MOVEMENT, Case, activation, graphs, pad, pool
 
 FEW = settings(
     max_examples=60,
@@ -33,7 +33,7 @@ def hold(case: Case, passes: str) -> None:
     assert not changed, f"the second time it did {[o.stats for o in outcomes]}"
 
 
-@pytest.mark.parametrize("passes", ["simplify", "simplify,fold,fuse"])
+@pytest.mark.parametrize("passes", ["simplify", "simplify,fold", "simplify,fold,fuse"])
 @FEW
 @given(case=graphs())
 def test_lossless_passes_keep_any_graph(passes: str, case: Case) -> None:
@@ -54,3 +54,9 @@ def test_fold_never_grows_the_file(case: Case) -> None:
     folded, _ = apply(simplified, "fold")
     assert folded.ByteSize() <= simplified.ByteSize()
     assert node_count(folded) <= node_count(simplified)
+
+
+@FEW
+@given(case=graphs(templates=(*LINEAR, *AFFINE, *AFFINE, *MOVEMENT, *MOVEMENT, activation)))
+def test_what_fold_brings_together_is_simplified_at_once(case: Case) -> None:
+    hold(case, "simplify,fold")

@@ -60,14 +60,14 @@ def test_a_run_that_changes_the_shape_keeps_a_node_for_it() -> None:
     # The product is 1 everywhere, but somebody has to make three rows out of one.
     assert len(operators(fold(chain("Relu;Mul a;Mul b;Relu", parts, (1, 4)), {"x": normal(1, 4)}))) > 2
     parts["a"] = np.float32(2)
-    assert operators(fold(chain("Relu;Mul a;Mul b;Relu", parts, (1, 4)), {"x": normal(1, 4)})) == ["Relu", "Relu"]
+    assert operators(fold(chain("Relu;Mul a;Mul b;Sigmoid", parts, (1, 4)), {"x": normal(1, 4)})) == ["Relu", "Sigmoid"]
 
 
 def test_adding_and_subtracting_a_large_number_rounds_on_purpose() -> None:
     model = chain("Abs;Add a;Sub a;Abs", {"a": np.float32(1.5 * 2**23)})
     assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Add", "Sub", "Abs"]
-    model = chain("Abs;Add a;Sub a;Abs", {"a": np.float32(15)})
-    assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Abs"]
+    model = chain("Abs;Add a;Sub a;Sigmoid", {"a": np.float32(15)})
+    assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Sigmoid"]
 
 
 def test_integers_are_left_alone() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nets import fold, net, node, normal, reasons
@@ -118,3 +118,21 @@ def test_pads_by_axes_and_pads_of_old_operator_sets() -> None:
         opset=10,
     )
     assert operators(fold(old, {"x": normal(1, 3, 5)})) == ["Conv"]
+
+
+def test_axes_of_an_input_whose_rank_is_unknown_stay() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]> g (float[1, 3, 4, 5] x, int64[k] s) => (float[a, b, c, d] y) {
+            r = Reshape(x, s)
+            p = Pad(r, pads, , axes)
+            y = Conv(p, w)
+        }"""
+    )
+    weights = {
+        "pads": np.array([0, 0, 1, 0, 0, 1], np.int64),
+        "axes": np.array([-3, -2, -1], np.int64),
+        "w": normal(2, 3, 2, 2),
+    }
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    result = fold(proto, {"x": normal(1, 3, 4, 5), "s": np.array([1, 3, 4, 5], np.int64)})
+    assert operators(result) == ["Reshape", "Pad", "Conv"]
