@@ -183,7 +183,7 @@ def _samples(
         judging = None if given.evaluation is None else data_io.open_data(given.evaluation, specs, what="evaluation")
         if given.calibration is not None:
             seen = data_io.open_data(given.calibration, specs)
-            runner = runtime.load(source, threads=ctx.threads)
+            runner = runtime.load_lean(model, source, threads=ctx.threads)
         else:
             seen, runner = generated(model, source, _SYNTHETIC, seed=ctx.seed, shapes=given.shapes, threads=ctx.threads)
         # Samples that only judge are held back, unless nothing learns from the others.

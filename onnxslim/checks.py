@@ -91,7 +91,7 @@ class Checks:
     def _run(self, after: ir.Model, item: Pass) -> str | None:
         try:
             model_io.forget_weights(after)
-            runner = runtime.load(after, threads=self._ctx.threads)
+            runner = runtime.load_lean(after, after, threads=self._ctx.threads)
             reference = verify.Reference(runner, self._data, f"the result of {item.name}")
             broken = self._lossy(after, runner) if item.effect is Effect.LOSSY else self._lossless(after, runner)
         except ModelError as error:
@@ -130,7 +130,7 @@ class Checks:
         if self._measured is None or self._measured[0] is not model:
             if runner is None:
                 last = self._last if self._last is not None and self._last[0] is model else None
-                runner = last[1] if last is not None else runtime.load(model, threads=self._ctx.threads)
+                runner = last[1] if last is not None else runtime.load_lean(model, model, threads=self._ctx.threads)
             metric = self.budget.metric if self.budget is not None else None
             fidelity, value = verify.measure(
                 self.evaluation, runner, metric, progress=self._ctx.progress, label="evaluate"
@@ -147,7 +147,8 @@ class Checks:
         assert reference is not None
         data = reference.data
         if id(data) not in self._noise:
-            plain = runtime.load(self.kept[0][1], threads=self._ctx.threads, optimize=False)
+            original = self.kept[0][1]
+            plain = runtime.load_lean(original, original, threads=self._ctx.threads, optimize=False)
             found, _ = verify.measure(reference, plain)
             if found.broken() is not None and not any(f.broken() for f in self._noise.values()):
                 self._ctx.warnings.append(
@@ -182,7 +183,7 @@ def generated(
     Raises:
         ModelError: it cannot be loaded, or runs on none of them; the message is that of the first.
     """
-    runner = runtime.load(source, threads=threads)
+    runner = runtime.load_lean(model, source, threads=threads)
     errors: list[ModelError] = []
     for scale in (1, 4, 16, 64):
         data = synthetic(model, count, seed=seed, shapes=shapes, scale=scale)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxslim import custom_ops, timing, worker
+from onnxslim import custom_ops, stages, timing, worker
 from onnxslim import model as model_io
 from onnxslim.eps import PACKAGES, Ep
 from onnxslim.eps import PROVIDERS as PROVIDERS
@@ -24,6 +24,8 @@ from onnxslim.errors import ModelError, UsageError
 
 # Above this many bytes of weights a session reads them from disk, so that no serialized copy sits in memory.
 IN_MEMORY = 256_000_000
+# Above this many bytes of weights a model that is only compared runs a part at a time.
+STAGED = 1_000_000_000
 _FEWEST_BLOCKS, _MOST_BLOCKS = 4, 12
 _FEWEST_ROUNDS = 3
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -114,6 +116,42 @@ def load(
         chosen = options(threads=threads, optimize=optimize, optimized_path=optimized_path)
     with contextlib.ExitStack() as stack:
         return _open(_content(source, stack, whole=optimized_path is not None), ep, chosen)
+
+
+class _Staged(Runner):
+    """A model whose parts are loaded, run and dropped in turn at every pass; see `onnxslim.stages`."""
+
+    def __init__(self, model: ir.Model, parts: Sequence[stages.Stage], threads: int, optimize: bool) -> None:
+        self.inputs = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
+        self.outputs = [v.name or "" for v in model.graph.outputs]
+        self._parts = parts
+        self._threads, self._optimize = threads, optimize
+
+    def rest(self) -> None:
+        """Nothing is held between passes."""
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        values: dict[str, Any] = {name: feeds[name] for name in self.inputs}
+        for k, part in enumerate(self._parts):
+            chosen = options(threads=self._threads, optimize=self._optimize)
+            # Weights are multiplied with once: a copy in the order of a kernel's liking is not worth its memory.
+            chosen.add_session_config_entry("session.disable_prepacking", "1")
+            values.update(load(part.model, chosen=chosen)(values))
+            model_io.forget_weights(part.model)
+            needed = {*self.outputs, *(name for later in self._parts[k + 1 :] for name in later.takes)}
+            values = {name: value for name, value in values.items() if name in needed}
+        return {name: values[name] for name in self.outputs}
+
+
+def load_lean(
+    model: ir.Model, source: ir.Model | bytes | str | os.PathLike[str], *, threads: int = 0, optimize: bool = True
+) -> Runner:
+    """`load` of ``source``, which ``model`` was read from, to be run a few times: a large model a part at a time."""
+    if model_io.weight_bytes(model) > STAGED:
+        parts = stages.cut(model, IN_MEMORY)
+        if len(parts) > 1:
+            return _Staged(model, parts, threads, optimize)
+    return load(source, threads=threads, optimize=optimize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +258,7 @@ def tap(
         return
     remove_dead(clone.graph)
     outputs = {name: values[name].name or "" for name in wanted}
-    runner = load(clone, threads=threads, optimize=optimize)
+    runner = load_lean(clone, clone, threads=threads, optimize=optimize)
     for feed in feeds:
         results = run(runner, feed)
         yield {name: results[own] if own in results else np.asarray(feed[own]) for name, own in outputs.items()}
