@@ -36,6 +36,7 @@ class Profile:
         signed: activations are s8, not u8.
         symmetric: their zero point is 0.
         around: pairs stand around whole integer operators, and not only in front of products.
+        pairwise: on x86 without VNNI its kernels add two products in 16 bits (`onnxslim.saturation`).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Profile:
     signed: bool = False
     symmetric: bool = False
     around: bool = True
+    pairwise: bool = False
 
     @property
     def here(self) -> bool:
@@ -76,13 +78,13 @@ class Profile:
         }
 
 
-CPU = Profile("cpu", "cpu")
+CPU = Profile("cpu", "cpu", pairwise=True)
 PROFILES = {
     profile.name: profile
     for profile in (
         CPU,
         Profile("cpu-arm", "cpu", ("aarch64", "arm64", "ARM64", "armv8l"), signed=True),
-        Profile("openvino", "openvino", around=False),
+        Profile("openvino", "openvino", around=False, pairwise=True),
         Profile("tensorrt", "tensorrt", signed=True, symmetric=True, around=False),
     )
 }

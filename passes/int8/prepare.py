@@ -105,7 +105,7 @@ def survey(
     compared = data.spread(COMPARED)
     shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
     saturating: list[str] = []
-    if profile is CPU:
+    if profile.pairwise:
         chosen = {n: units[n] for n in kept}
         saturating = overflowing(
             model, chosen, weights, {n: params[owner.get(v, v)] for n, v in _reads(chosen)}, ctx, data
