@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
+
+from onnxslim import data, runtime
+from onnxslim import model as model_io
+from onnxslim.contract import Context, Outcome, Pass
 
 WIDTHS = {
     "stem_w": (144, 3, 4, 4), "conv_w": (32, 144, 1, 1), "matmul_w": (64, 96), "gemm_w": (80, 96),
@@ -44,3 +49,20 @@ def feeds(count: int = 8) -> list[dict[str, np.ndarray]]:
     mix = np.random.default_rng(5).standard_normal((8, 3 * 8 * 8))
     draws = [np.random.default_rng(k).standard_normal((16, 8)) @ mix for k in range(count)]
     return [{"x": (d.reshape(-1, 3, 8, 8) / 3).astype(np.float32)} for d in draws]
+
+
+def apply(proto: onnx.ModelProto, item: Pass, synthetic: bool = False) -> tuple[ir.Model, Outcome, list[str]]:
+    """What ``item`` makes of ``proto`` with `feeds`, and the warnings."""
+    model = model_io.load(proto)
+    samples = data.open_data(feeds(), data.input_specs(model))
+    ctx = Context(calibration=samples, synthetic=synthetic, threads=1)
+    outcome = item.apply(model, ctx)
+    onnx.checker.check_model(model_io.to_proto(model), full_check=True)
+    return model, outcome, ctx.warnings
+
+
+def gap(proto: onnx.ModelProto, model: ir.Model) -> float:
+    """Relative L2 distance of the outputs on a sample that `apply` does not see."""
+    one = runtime.load(proto.SerializeToString())(feeds(9)[-1])["y"]
+    two = runtime.load(model)(feeds(9)[-1])["y"]
+    return float(np.linalg.norm(one - two) / np.linalg.norm(one))

@@ -24,23 +24,14 @@ from onnxslim.passes.cluster import Cluster
 from onnxslim.passes.sparsify import Sparsify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layered import WIDTHS, feeds, layered
+import layered as layered_nets
+from layered import WIDTHS, feeds, gap, layered
 
 
 def apply(proto: onnx.ModelProto, item: Cluster, synthetic: bool = False) -> tuple[ir.Model, Outcome]:
-    model = model_io.load(proto)
-    samples = data.open_data(feeds(), data.input_specs(model))
-    ctx = Context(calibration=samples, synthetic=synthetic, threads=1)
-    outcome = item.apply(model, ctx)
-    assert ctx.warnings == []
-    onnx.checker.check_model(model_io.to_proto(model), full_check=True)
+    model, outcome, warnings = layered_nets.apply(proto, item, synthetic)
+    assert warnings == []
     return model, outcome
-
-
-def gap(proto: onnx.ModelProto, model: ir.Model) -> float:
-    one = runtime.load(proto.SerializeToString())(feeds(9)[-1])["y"]
-    two = runtime.load(model)(feeds(9)[-1])["y"]
-    return float(np.linalg.norm(one - two) / np.linalg.norm(one))
 
 
 @settings(max_examples=60, deadline=None)

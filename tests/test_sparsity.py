@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnxslim import data, runtime
 from onnxslim import model as model_io
-from onnxslim.contract import Context, Outcome
+from onnxslim.contract import Outcome
 from onnxslim.errors import UsageError
 from onnxslim.graph import constant
 from onnxslim.passes.sparsify import Sparsify
@@ -24,25 +23,16 @@ from onnxslim.sparsity import Costs, Layer, Pattern
 from onnxslim.weights import find_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layered import feeds, layered
+import layered as layered_nets
+from layered import gap, layered
 
 RNG = np.random.default_rng(0)
 
 
 def apply(proto: onnx.ModelProto, item: Sparsify, synthetic: bool = False) -> tuple[ir.Model, Outcome]:
-    model = model_io.load(proto)
-    samples = data.open_data(feeds(), data.input_specs(model))
-    ctx = Context(calibration=samples, synthetic=synthetic, threads=1)
-    outcome = item.apply(model, ctx)
-    assert len(ctx.warnings) == ("deflated_bytes" in outcome.stats)
-    onnx.checker.check_model(model_io.to_proto(model), full_check=True)
+    model, outcome, warnings = layered_nets.apply(proto, item, synthetic)
+    assert len(warnings) == ("deflated_bytes" in outcome.stats)
     return model, outcome
-
-
-def gap(proto: onnx.ModelProto, model: ir.Model) -> float:
-    one = runtime.load(proto.SerializeToString())(feeds(9)[-1])["y"]
-    two = runtime.load(model)(feeds(9)[-1])["y"]
-    return float(np.linalg.norm(one - two) / np.linalg.norm(one))
 
 
 def arrays(model: ir.Model) -> dict[str, np.ndarray]:
