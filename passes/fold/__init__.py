@@ -84,6 +84,7 @@ class Fold(Pass):
 
 def _fold(work: Work) -> bool:
     """Apply every rule until none finds anything; True when one did."""
+    deduplicate_initializers(work.model)  # how many read a weight decides what a copy of it costs
     before = done = work.done.total()
     while True:
         work.reasons.clear()
@@ -93,7 +94,6 @@ def _fold(work: Work) -> bool:
             break
         done = work.done.total()
     g.remove_dead(work.graph, start=[])
-    deduplicate_initializers(work.model)
     return done > before
 
 

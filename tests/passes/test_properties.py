@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnx.parser
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -60,3 +63,17 @@ def test_fold_never_grows_the_file(case: Case) -> None:
 @given(case=graphs(templates=(*LINEAR, *AFFINE, *AFFINE, *MOVEMENT, *MOVEMENT, activation)))
 def test_what_fold_brings_together_is_simplified_at_once(case: Case) -> None:
     hold(case, "simplify,fold")
+
+
+def test_equal_weights_count_as_shared_from_the_start() -> None:
+    """What a copy of a weight costs depends on who else reads it, so that equal ones are made one before."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2, 4, 5, 6] x) => (float[2, 4, 5, 6] y)
+        <float[4] a = {1, 1, 1, 1}, float[4] b = {1, 1, 1, 1}, float[1, 1, 5, 1] c = {1, 2, 3, 4, 5}> {
+            n = BatchNormalization(x, a, b, a, b)
+            m = Neg(n)
+            y = Add(m, c)
+        }"""
+    )
+    hold((model, {"x": np.random.default_rng(0).standard_normal((2, 4, 5, 6)).astype(np.float32)}), "fold")
