@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim.quantization import QParams, quantize, weight_params
+from onnxslim.quantization import QParams, store_weight, weight_params
 
 MICROSOFT = "com.microsoft"
 
@@ -41,28 +41,28 @@ def unsuitable(node: ir.Node) -> str | None:
     return None
 
 
-def insert(model: ir.Model, names: Collection[str], *, bits: int = 8) -> None:
+def insert(model: ir.Model, names: Collection[str], *, portable: bool = False) -> None:
     """Quantize the products called ``names`` in place; opset 11 or newer, nodes with names of their own.
 
-    ``bits`` of the weights: 8, or 7 where pairs of products must not saturate 16 bits (CPUs without VNNI).
+    ``portable``: no sum of two products leaves 16 bits, where x86 CPUs without VNNI keep it.
     """
     inputs: dict[ir.Value, ir.Node] = {}
     for node in list(model.graph.all_nodes()):
         if node.name in names:
             if g.is_op(node, "LSTM"):
-                _lstm(model, node, bits)
+                _lstm(model, node, portable)
             else:
-                _product(model, node, inputs, bits)
+                _product(model, node, inputs, portable)
     g.remove_dead(model.graph)
 
 
-def _product(model: ir.Model, node: ir.Node, inputs: dict[ir.Value, ir.Node], bits: int) -> None:
+def _product(model: ir.Model, node: ir.Node, inputs: dict[ir.Value, ir.Node], portable: bool) -> None:
     graph, source, weight = model.graph, node.inputs[0], node.inputs[1]
     array = g.constant(weight)
     assert source is not None and weight is not None and array is not None
     if g.attribute(node, "transB", 0):
         array = array.T
-    integers, params = _stored(array, bits)
+    integers, params = _stored(array, portable)
     name = weight.name or ""
     stored = g.add_constant(graph, f"{name}_quantized", np.ascontiguousarray(integers))
     scale = g.add_constant(graph, f"{name}_scale", params.scale)
@@ -94,7 +94,7 @@ def _product(model: ir.Model, node: ir.Node, inputs: dict[ir.Value, ir.Node], bi
     _take_over(node, end)
 
 
-def _lstm(model: ir.Model, node: ir.Node, bits: int) -> None:
+def _lstm(model: ir.Model, node: ir.Node, portable: bool) -> None:
     graph = model.graph
     extra: list[ir.Value] = []
     stored: list[ir.Value] = []
@@ -102,7 +102,7 @@ def _lstm(model: ir.Model, node: ir.Node, bits: int) -> None:
         array = g.constant(value)
         assert value is not None and array is not None
         turned = array.transpose(0, 2, 1)  # (directions, inputs, 4 * hidden)
-        integers, params = zip(*(_stored(matrix, bits) for matrix in turned), strict=True)
+        integers, params = zip(*(_stored(matrix, portable) for matrix in turned), strict=True)
         stored.append(g.add_constant(graph, f"{value.name}_quantized", np.stack(integers)))
         scales, zeros = (np.stack([getattr(p, kind) for p in params]) for kind in ("scale", "zero_point"))
         extra.append(g.add_constant(graph, f"{value.name}_scale", scales))
@@ -118,10 +118,11 @@ def _lstm(model: ir.Model, node: ir.Node, bits: int) -> None:
     _take_over(node, lstm)
 
 
-def _stored(matrix: np.ndarray, bits: int) -> tuple[np.ndarray, QParams]:
-    """``matrix`` in ``bits``, with one scale per column."""
-    params = weight_params(matrix, 1, bits=bits)
-    return quantize(matrix, params, bits=bits), params
+def _stored(matrix: np.ndarray, portable: bool) -> tuple[np.ndarray, QParams]:
+    """``matrix`` (inputs, outputs) in int8, with one scale per column."""
+    pairs = np.arange(len(matrix) // 2 * 2).reshape(-1, 2) if portable else None
+    params = weight_params(matrix, 1, pairs=pairs)
+    return store_weight(matrix, 1, params, pairs), params
 
 
 def _take_over(node: ir.Node, other: ir.Node) -> None:

@@ -29,7 +29,7 @@ def width(unit: Unit) -> int:
     """Inputs that each output of a product adds up."""
     assert unit.weight is not None
     shape = weight_shape(unit)
-    return int(np.prod(shape[1:])) if unit.op == "Conv" else shape[1 - (unit.weight[1] or 0)]
+    return int(np.prod(shape[1:])) if unit.op == "Conv" else shape[1 - unit.weight[1]]
 
 
 def moments(

@@ -25,6 +25,9 @@ from onnxslim.units import Kind, Unit, find_units, sources, stored_values
 Weights = Mapping[str, tuple[np.ndarray, QParams]]
 Feeds = dict[str, np.ndarray]
 
+# Units in the last place that rounding may move the result of a model.
+ROUNDING = 64
+
 
 class Local:
     """The error that each product makes by itself.
@@ -72,7 +75,7 @@ class Local:
         graph.insert_after(node, copy)
         exact = node.outputs[0]
         error = g.add_node(graph, "Sub", [copy.outputs[0], exact], after=copy, hint=unit.name)
-        channels = weight[0].shape[unit.weight[1] or 0]
+        channels = weight[0].shape[unit.weight[1]]
         form, axes = ([0, channels, -1], [0, 2]) if node.op_type == "Conv" else ([-1, channels], [0])
         shape = g.add_constant(graph, f"{unit.name}_form", np.array(form, np.int64))
         rows = g.add_node(graph, "Reshape", [error.outputs[0], shape], after=error, hint=unit.name)
@@ -178,7 +181,8 @@ def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) ->
     """Squared error over the variance of the exact result, for the worst floating-point output; 0 is perfect.
 
     ``pairs`` are (exact outputs, other outputs) of each sample; errors and variances are summed over the samples.
-    Against the variance, so that a constant offset of an output does not hide errors. Where the exact result is NaN or
+    Against the variance, so that a constant offset of an output does not hide errors, which is at least what rounding
+    makes of numbers of that size. Where the exact result is NaN or
     infinite nothing can be told; infinity where that is all there is.
     """
     worst = 0.0
@@ -193,7 +197,9 @@ def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) ->
             seen, told = seen + a.size, told + int(kept.sum())
             x = a[kept].astype(np.float64)
             error += float(np.square(x - b[kept]).sum())
-            signal += float(np.square(x - x.mean()).sum() if x.size > 1 else np.square(x).sum())
+            spread = float(np.square(x - x.mean()).sum() if x.size > 1 else np.square(x).sum())
+            # An output that does not vary differs by what rounding its numbers does.
+            signal += max(spread, float(np.square(ROUNDING * np.finfo(a.dtype).eps * x).sum()))
         if not np.isfinite(error):
             return np.inf
         if error:

@@ -17,6 +17,12 @@ import numpy as np
 SMALLEST_SCALE = 1e-18
 # Room for the accumulator: a bias may use half of the int32 range.
 LARGEST_BIAS = 2.0**30
+# The largest stored weight: -128 stays unused, so that the range is symmetric.
+LARGEST = 127
+# Two neighbouring weights of one sign add up to this at most where their products with u8 are added in signed 16 bits.
+LARGEST_PAIR = (2**15 - 1) // 255
+# Shares of the range of a weight that its steps may span; more than the range leaves room for large neighbours.
+CLIPPED, WIDENED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5), (1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +67,12 @@ def activation_params(low: float, high: float) -> QParams:
     return QParams(np.array(scale, np.float32), np.array(zero_point, np.uint8))
 
 
-def quantize(array: np.ndarray, params: QParams, *, bits: int | None = None) -> np.ndarray:
-    """``array`` in the storage type of ``params``; fewer ``bits`` than that has clip it symmetrically."""
+def quantize(array: np.ndarray, params: QParams) -> np.ndarray:
+    """``array`` in the storage type of ``params``."""
     info = np.iinfo(params.zero_point.dtype)
-    low, high = (
-        (info.min, info.max) if bits is None or bits >= info.bits else (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
-    )
     scale, zero = (_along(v, params.axis, array.ndim) for v in (params.scale, params.zero_point))
     steps = np.rint(array / scale.astype(np.float64)) + zero
-    return np.clip(steps, low, high).astype(params.zero_point.dtype)
+    return np.clip(steps, info.min, info.max).astype(params.zero_point.dtype)
 
 
 def dequantize(array: np.ndarray, params: QParams) -> np.ndarray:
@@ -79,32 +82,42 @@ def dequantize(array: np.ndarray, params: QParams) -> np.ndarray:
 
 
 def weight_params(
-    weight: np.ndarray, axis: int | None, *, bits: int = 8, importance: np.ndarray | None = None
+    weight: np.ndarray,
+    axis: int,
+    *,
+    per_channel: bool = True,
+    pairs: np.ndarray | None = None,
+    importance: np.ndarray | None = None,
 ) -> QParams:
-    """Signed symmetric parameters for ``weight`` with one scale per index of ``axis`` (None: one for all).
+    """Signed symmetric parameters for ``weight`` with one scale per index of ``axis``, or one for all.
 
-    Each scale minimizes the squared rounding error of its channel over a small set of clipping factors, weighted by
+    Each scale minimizes the squared rounding error of its channel over a small set of factors of its range, weighted by
     ``importance``.
 
     Args:
-        bits: 8, or 7 where pairs of products must not saturate 16 bits (u8 x s8 on CPUs without VNNI).
+        pairs: neighbours of each channel whose sum `within_pairs` will limit, (pairs, 2).
         importance: shape broadcastable to ``weight``: the mean square of the activation that each weight multiplies.
     """
     rows = _rows(weight, axis).astype(np.float64)
     costs = np.ones(1) if importance is None else _rows(np.broadcast_to(importance, weight.shape), axis)
-    limit = 2.0 ** (bits - 1) - 1
-    peak = np.maximum(np.abs(rows).max(1, initial=0.0), SMALLEST_SCALE * limit)
-    best = np.full(len(rows), np.inf)
-    scale = peak / limit
-    for factor in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
-        trial = peak * factor / limit
-        steps = np.clip(np.rint(rows / trial[:, None]), -limit, limit)
+    peak = np.maximum(np.abs(rows).max(1, initial=0.0), SMALLEST_SCALE * LARGEST)
+    if not per_channel:
+        peak = peak.max(keepdims=True)
+    best = np.full(len(peak), np.inf)
+    scale = peak / LARGEST
+    for factor in CLIPPED if pairs is None else CLIPPED + WIDENED:
+        trial = peak * factor / LARGEST
+        steps = np.clip(np.rint(rows / trial[:, None]), -LARGEST, LARGEST)
+        if pairs is not None:
+            steps = within_pairs(steps, pairs)
         error = (costs * np.square(steps * trial[:, None] - rows)).sum(1)
+        if not per_channel:
+            error = error.sum(keepdims=True)
         # Clipping must pay: a tie keeps the whole range.
         better = error < best * (1 - 1e-9)
         best = np.where(better, error, best)
         scale = np.where(better, trial, scale)
-    if axis is None:
+    if not per_channel:
         return QParams(np.array(scale[0], np.float32), np.array(0, np.int8))
     return QParams(scale.astype(np.float32), np.zeros(len(scale), np.int8), axis)
 
@@ -126,20 +139,37 @@ def bias_params(weight: QParams, input_scale: np.ndarray, length: int) -> QParam
     return QParams(np.broadcast_to(scale, (length,)).astype(np.float32), np.zeros(length, np.int32), 0)
 
 
-def may_saturate(stored: np.ndarray, axis: int | None) -> bool:
-    """Whether two neighbouring products u8 x s8 can exceed 16 bits, as CPUs without VNNI add them.
+def store_weight(weight: np.ndarray, axis: int, params: QParams, pairs: np.ndarray | None = None) -> np.ndarray:
+    """``weight`` in int8, symmetric; ``pairs`` of each index of ``axis`` as `within_pairs` limits them."""
+    stored = np.maximum(quantize(weight, params), -LARGEST)
+    if pairs is None:
+        return stored
+    rows = within_pairs(_rows(stored, axis).astype(np.int32), pairs).astype(np.int8)
+    return np.ascontiguousarray(np.moveaxis(rows.reshape(np.moveaxis(weight, axis, 0).shape), 0, axis))
 
-    ``stored`` are int8 weights; the products are 255 * w at most, and two of them are added in a signed 16-bit lane.
+
+def within_pairs(steps: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Whole numbers ``steps`` (channels, K), both of a pair brought nearer to zero where their sum is too large.
+
+    Args:
+        pairs: columns (pairs, 2), each in one pair at most, whose products x86 CPUs without VNNI add in 16 bits.
     """
-    rows = np.abs(_rows(stored, axis).astype(np.int32))
-    rows = rows[:, : rows.shape[1] // 2 * 2].reshape(len(rows), -1, 2)
-    return bool(255 * rows.sum(2).max(initial=0) > np.iinfo(np.int16).max)
+    first, second = steps[:, pairs[:, 0]], steps[:, pairs[:, 1]]
+    excess = np.maximum(np.abs(first + second) - LARGEST_PAIR, 0)
+    sign = np.sign(first + second)
+    result = steps.copy()
+    result[:, pairs[:, 0]] = first - sign * (excess - excess // 2)
+    result[:, pairs[:, 1]] = second - sign * (excess // 2)
+    return result
 
 
-def _rows(array: np.ndarray, axis: int | None) -> np.ndarray:
+def may_saturate(stored: np.ndarray, pairs: np.ndarray) -> bool:
+    """Whether two products of u8 with a pair of the int8 weights ``stored`` (channels, K) can leave signed 16 bits."""
+    return bool(np.abs(stored.astype(np.int32)[:, pairs].sum(2)).max(initial=0) > LARGEST_PAIR)
+
+
+def _rows(array: np.ndarray, axis: int) -> np.ndarray:
     """``array`` as a matrix with one row per channel."""
-    if axis is None:
-        return array.reshape(1, -1)
     return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import linalg
 
 from onnxslim.graph import attribute
-from onnxslim.quantization import QParams
+from onnxslim.quantization import LARGEST, LARGEST_PAIR, QParams
 from onnxslim.units import Unit
 
 # Rows that the moments are made of, over all samples, and the widest product whose moments (K x K numbers) are kept.
@@ -35,7 +35,7 @@ class Gram:
         self.is_conv = node.op_type == "Conv"
         self.groups = int(attribute(node, "group", 1)) if self.is_conv else 1
         self.window = shape[2:] if self.is_conv else ()
-        self.width = int(np.prod(shape[1:])) if self.is_conv else shape[1 - (unit.weight or (1, 0))[1]]  # type: ignore[operator]
+        self.width = int(np.prod(shape[1:])) if self.is_conv else shape[1 - (unit.weight or (1, 0))[1]]
         rank = len(self.window)
         self.strides = attribute(node, "strides", [1] * rank) if self.is_conv else []
         self.dilations = attribute(node, "dilations", [1] * rank) if self.is_conv else []
@@ -94,16 +94,27 @@ class Gram:
         return self.square / max(self.count, 1)
 
 
-def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, limit: int = 127) -> np.ndarray:
+def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, pairs: np.ndarray | None = None) -> np.ndarray:
     """Integers (outputs, K) for ``rows`` (outputs, K) in steps of ``scale`` (outputs,), of least error by ``moments``.
 
     Args:
         moments: H, (K, K), symmetric and positive semidefinite.
+        pairs: columns whose sum is limited, see `quantization.within_pairs`.
     """
-    steps = scale[:, None].astype(np.float64)
-    one = np.ones((1, rows.shape[1]))
-    spread = spreading(moments)
-    return round_columns(rows.astype(np.float64) / steps, one, 0 * one, spread, -limit, limit).astype(np.int8)
+    partner = {} if pairs is None else {int(a): int(b) for pair in pairs for a, b in (pair, pair[::-1])}
+    stored = np.zeros(rows.shape)
+    low, high = np.full(len(rows), -LARGEST), np.full(len(rows), LARGEST)
+
+    def settle(k: int, column: np.ndarray) -> np.ndarray:
+        least, most = low, high
+        if k in partner:  # not settled yet, it is 0 and leaves the whole range
+            other = stored[:, partner[k]]
+            least, most = np.maximum(low, -LARGEST_PAIR - other), np.minimum(high, LARGEST_PAIR - other)
+        stored[:, k] = np.clip(np.rint(column), least, most)
+        return stored[:, k]
+
+    settle_columns(rows.astype(np.float64) / scale[:, None].astype(np.float64), spreading(moments), settle)
+    return stored.astype(np.int8)
 
 
 def spreading(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -178,9 +189,18 @@ def settle_columns(
 
 
 def refine(
-    weight: np.ndarray, stored: np.ndarray, params: QParams, gram: Gram, axis: int, limit: int = 127
+    weight: np.ndarray,
+    stored: np.ndarray,
+    params: QParams,
+    gram: Gram,
+    axis: int,
+    pairs: np.ndarray | None = None,
 ) -> np.ndarray:
-    """``stored`` again with the rounding that suits the inputs seen; never worse than before under their moments."""
+    """``stored`` again with the rounding that suits the inputs seen; never worse than before under their moments.
+
+    Args:
+        pairs: inputs of each output whose sum is limited, see `quantization.within_pairs`.
+    """
     moments = gram.matrix
     if not gram.count or not np.isfinite(moments).all():
         return stored
@@ -192,7 +212,7 @@ def refine(
     for group in range(gram.groups):
         part = slice(group * per_group, (group + 1) * per_group)
         try:
-            trial = round_rows(rows[part], scale[part], moments[group], limit)
+            trial = round_rows(rows[part], scale[part], moments[group], pairs)
         except linalg.LinAlgError:  # moments that are singular to working precision: plain rounding stays
             continue
 

@@ -17,6 +17,7 @@ from onnxslim import runtime
 from onnxslim.calibration import Statistic, collect
 from onnxslim.contract import Context
 from onnxslim.data import Data
+from onnxslim.graph import attribute
 from onnxslim.quantization import QParams, may_saturate, quantize
 from onnxslim.rounding import Gram
 from onnxslim.units import Unit
@@ -52,7 +53,7 @@ class Pairs:
         self.gram = Gram(unit, stored.shape, ROWS)
         self.params = params
         weight = np.moveaxis(stored, axis, 0).reshape(self.gram.groups, stored.shape[axis] // self.gram.groups, -1)
-        self.order = _channels_last(self.gram.window, weight.shape[-1])
+        self.order = neighbours(unit.node, stored.shape, axis).reshape(-1)
         self.weight = weight[..., self.order].astype(np.int32)
         self.peak = 0
 
@@ -62,18 +63,25 @@ class Pairs:
         if not rows.shape[1] or not np.isfinite(rows).all():
             return
         codes = quantize(rows, self.params).astype(np.int32)
-        even = codes.shape[-1] // 2 * 2
         for group, weight in zip(codes, self.weight, strict=True):
             for row in group:
-                products = row[:even] * weight[:, :even]
+                products = row * weight
                 sums = products[:, 0::2] + products[:, 1::2]
                 self.peak = max(self.peak, int(np.abs(sums).max(initial=0)))
 
 
-def _channels_last(window: tuple[int, ...], width: int) -> np.ndarray:
-    """Positions of the inputs of a product as kernels order them: the channels of one place after the other."""
-    places = int(np.prod(window)) if window else 1
-    return np.arange(width).reshape(width // places, places).T.reshape(-1)
+def neighbours(node: ir.Node, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Which two inputs of an output of ``node`` kernels multiply and add together: (pairs, 2).
+
+    They count the inputs as the weight, of ``shape`` with outputs along ``axis``, does when its outputs come first; the
+    kernels order them by place, the channels of one after the other.
+    """
+    width = int(np.prod(shape)) // shape[axis]
+    channels = shape[1] if node.op_type == "Conv" else width
+    if channels == 1 and int(attribute(node, "group", 1)) > 1:  # depthwise
+        return np.zeros((0, 2), np.int64)
+    order = np.arange(width).reshape(channels, width // channels).T.reshape(-1)
+    return order[: len(order) // 2 * 2].reshape(-1, 2)
 
 
 def overflowing(
@@ -92,11 +100,9 @@ def overflowing(
     pairs: dict[str, Pairs] = {}
     for name, unit in units.items():
         assert unit.weight is not None
-        stored, axis = weights[name][0], unit.weight[1] or 0
-        gram = Gram(unit, stored.shape, ROWS)
-        depthwise = gram.is_conv and stored.shape[1] == 1
+        stored, axis = weights[name][0], unit.weight[1]
         columns = np.moveaxis(stored, axis, 0).reshape(stored.shape[axis], -1)
-        if not depthwise and may_saturate(columns[:, _channels_last(gram.window, columns.shape[1])], 0):
+        if may_saturate(columns, neighbours(unit.node, stored.shape, axis)):
             pairs[name] = Pairs(unit, params[name], stored, axis)
     attached: dict[str, list[Statistic]] = {}
     for name, pair in pairs.items():

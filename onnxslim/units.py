@@ -32,7 +32,7 @@ class Unit:
         inputs: names of the activations it reads (constants are not among them).
         outputs: names of the values that are stored; for a Relu or Clip behind the operator, what that one writes.
         constants: input indices of constants that are stored as u8, like activations.
-        weight: input index and channel axis of the weight of a product (axis None: one scale), or None.
+        weight: input index and channel axis of the weight of a product, or None.
         tail: Relu or Clip between the operator and its output.
         bias: for a MatMul, the Add of a constant row behind it.
         needs_store: False when the operator also runs on integers with a float result.
@@ -44,7 +44,7 @@ class Unit:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: tuple[int, ...] = ()
-    weight: tuple[int, int | None] | None = None
+    weight: tuple[int, int] | None = None
     tail: ir.Node | None = None
     bias: ir.Node | None = None
     needs_store: bool = True
@@ -141,7 +141,7 @@ def _product(node: ir.Node) -> Unit | str:
     shape = known_shape(second) or ()
     output, bias = node.outputs[0], None
     if node.op_type == "Conv":
-        axis: int | None = 0
+        axis = 0
     elif node.op_type == "Gemm":
         if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "transA", 0):
             return "Gemm with alpha or transA has no integer kernel"

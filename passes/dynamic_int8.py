@@ -36,8 +36,8 @@ class DynamicInt8(Pass):
             samples. 0 turns the check off.
         measure: time the candidates and keep only what is faster. Without it, every layer that can be int8 is.
         keep: names of layers (nodes) that stay in float.
-        portable: also right on x86 CPUs without VNNI, whose kernels add two products in 16 bits: weights of 7 bits.
-            None: where the kernels of this machine do that.
+        portable: also right on x86 CPUs without VNNI, whose kernels add two products in 16 bits: weights are kept so
+            small that the sums fit. None: where the kernels of this machine do that.
     """
 
     name: ClassVar[str] = "dynamic_int8"
@@ -77,15 +77,15 @@ class DynamicInt8(Pass):
             reasons.update(dict.fromkeys(chosen, problem))
             chosen = []
         portable = saturates_here() if self.portable is None else self.portable
-        search = _Search(draft, feeds, ctx, reasons, bits=7 if portable else 8)
+        search = _Search(draft, feeds, ctx, reasons, portable)
         if chosen and self.fidelity and feeds:
             chosen = search.faithful(chosen, 1 - self.fidelity)
         if chosen and self.measure:
             chosen = search.faster(chosen)
         if chosen:
-            dynamic.insert(draft, chosen, bits=search.bits)
+            dynamic.insert(draft, chosen, portable=portable)
             model.graph = draft.graph
-        stats = {"layers": layers, "int8_layers": len(chosen), "bits": search.bits, **search.figures}
+        stats = {"layers": layers, "int8_layers": len(chosen), "portable": portable, **search.figures}
         return Outcome(stats, [Skip(name, reason) for name, reason in reasons.items()])
 
 
@@ -97,7 +97,7 @@ class _Search:
     feeds: Sequence[Mapping[str, np.ndarray]]
     ctx: Context
     reasons: dict[str, str]
-    bits: int
+    portable: bool
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def faster(self, chosen: list[str]) -> list[str]:
@@ -128,7 +128,7 @@ class _Search:
     def insert(self, names: Sequence[str]) -> ir.Model:
         """A copy of the model with ``names`` on integers."""
         clone = self.model.clone()
-        dynamic.insert(clone, names, bits=self.bits)
+        dynamic.insert(clone, names, portable=self.portable)
         return clone
 
     def faithful(self, chosen: list[str], budget: float) -> list[str]:

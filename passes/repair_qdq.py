@@ -15,7 +15,17 @@ from onnxslim import graph as g
 from onnxslim.calibration import Histogram
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.qdq import merge_row, moves_values
-from onnxslim.quantization import QParams, activation_params, bias_params, dequantize, quantize, weight_params
+from onnxslim.quantization import (
+    QParams,
+    activation_params,
+    bias_params,
+    dequantize,
+    may_saturate,
+    quantize,
+    store_weight,
+    weight_params,
+)
+from onnxslim.saturation import neighbours
 from onnxslim.selectors import (
     Finding,
     Stored,
@@ -317,10 +327,12 @@ class _Repairs:
             values = [stored.integers, None]
         else:
             array = dequantize(integers, stored.params)
-            # Weights that were kept to 7 bits, for CPUs without VNNI, stay so.
-            bits = 8 if np.abs(integers.astype(np.int32)).max(initial=0) > 63 else 7
-            params = weight_params(array, right, bits=bits)
-            again = quantize(array, params, bits=bits)
+            # Weights that were kept small for CPUs without VNNI stay so.
+            rows = np.moveaxis(integers, right, 0).reshape(integers.shape[right], -1)
+            near = neighbours(node, integers.shape, right)
+            pairs = None if may_saturate(rows, near) else near
+            params = weight_params(array, right, pairs=pairs)
+            again = store_weight(array, right, params, pairs)
             values = [g.add_constant(self.graph, f"{stored.integers.name}_stored", again), None]
         self._own(node, 1, stored, values[0], params)
         return True

@@ -22,3 +22,9 @@ def test_what_is_not_finite_is_no_proof() -> None:
     assert noise([([nan], [nan])]) == np.inf
     assert noise([([nan, EXACT], [nan, EXACT])]) == 0
     assert noise([([EXACT], [nan])]) == np.inf
+
+
+def test_an_output_that_does_not_vary_may_differ_by_rounding() -> None:
+    exact = np.full((4, 1), -5.7711415, np.float32)
+    assert noise([([exact], [np.nextafter(exact, np.float32(0))])]) < 1e-3
+    assert noise([([exact], [exact * np.float32(1.0001)])]) > 0.02

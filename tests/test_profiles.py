@@ -17,7 +17,8 @@ from onnxslim.contract import Context, Outcome
 from onnxslim.graph import constant
 from onnxslim.passes.int8 import Int8
 from onnxslim.profiles import CPU, PROFILES, REFUSED
-from onnxslim.quantization import dequantize, quantize
+from onnxslim.quantization import dequantize, may_saturate, quantize
+from onnxslim.saturation import neighbours
 
 sys.path.insert(0, str(Path(__file__).parent / "passes"))
 from test_int8 import error, kernels, residual, samples
@@ -137,27 +138,32 @@ def of_one_sign() -> ir.Model:
 
 
 @pytest.mark.parametrize("target", PROFILES)
-def test_seven_bits_where_kernels_add_two_products_in_sixteen(target: str) -> None:
+def test_smaller_weights_where_kernels_add_two_products_in_sixteen(target: str) -> None:
     _, outcome, _ = apply(of_one_sign(), Int8(measure=False, equalize=False, portable=True, target=target))
-    assert ("second" in outcome.stats["seven_bits"]) == (target in ("cpu", "openvino"))
+    assert ("second" in outcome.stats["narrowed"]) == (target in ("cpu", "openvino"))
 
 
-def test_seven_bits_only_where_sums_leave_sixteen() -> None:
+def test_smaller_weights_only_where_sums_leave_sixteen() -> None:
     """Neighbours of opposite signs cancel and keep their 8 bits."""
     model = of_one_sign()
     _, first, warnings = apply(model, Int8(measure=False, equalize=False, portable=False))
     assert "second" in first.stats["saturating"]
     assert not {"first", "third"} & set(first.stats["saturating"])
-    assert first.stats["seven_bits"] == []
+    assert first.stats["narrowed"] == []
     assert any("VNNI" in line for line in warnings)
     safe, outcome, warnings = apply(model, Int8(measure=False, equalize=False, portable=True))
     assert not any("VNNI" in line for line in warnings)
-    assert outcome.stats["seven_bits"] == outcome.stats["saturating"] == first.stats["saturating"]
+    assert outcome.stats["narrowed"] == outcome.stats["saturating"] == first.stats["saturating"]
     for node in safe.graph:
         if node.name in ("first", "second", "third"):
             dq = node.inputs[1].producer()  # type: ignore[union-attr]
-            peak = np.abs(constant(dq.inputs[0]).astype(int)).max()  # type: ignore[union-attr]
-            assert peak <= 63 if node.name in outcome.stats["seven_bits"] else peak > 63
+            stored = constant(dq.inputs[0])  # type: ignore[union-attr]
+            assert stored is not None
+            pairs = neighbours(node, stored.shape, 0)
+            if node.name in outcome.stats["narrowed"]:
+                assert not may_saturate(stored.reshape(len(stored), -1), pairs)
+            else:
+                assert np.abs(stored).max() == 127
     assert kernels(safe).count("QLinearConv") == 3
     assert error(model, safe, samples((2, 8, 12, 12))[-1]) < 0.06
     assert CPU.here

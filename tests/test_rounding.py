@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxslim.quantization import QParams, dequantize, quantize, weight_params
+from onnxslim.quantization import QParams, dequantize, may_saturate, quantize, weight_params, within_pairs
 from onnxslim.rounding import Gram, refine, round_rows
 from onnxslim.units import Kind, Unit
 
@@ -40,6 +40,20 @@ def test_beats_rounding_to_nearest() -> None:
     moments = x.T @ x / len(x)
     nearest = np.rint(rows / scale[:, None])
     assert error(rows, round_rows(rows, scale, moments), scale, moments) < 0.3 * error(rows, nearest, scale, moments)
+
+
+def test_limited_pairs_stay_within_their_limit_and_beat_rounding_to_nearest() -> None:
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((500, 100)) + 3 * rng.standard_normal((500, 1)) + 2).astype(np.float64)
+    rows = rng.standard_normal((8, 100))
+    pairs = rng.permutation(100).reshape(-1, 2)
+    scale = np.abs(rows).max(1) / 127
+    moments = x.T @ x / len(x)
+    nearest = within_pairs(np.rint(rows / scale[:, None]), pairs)
+    found = round_rows(rows, scale, moments, pairs)
+    assert may_saturate(round_rows(rows, scale, moments), pairs), "without the limit it is exceeded"
+    assert not may_saturate(found, pairs)
+    assert error(rows, found, scale, moments) < 0.5 * error(rows, nearest, scale, moments)
 
 
 def test_comes_near_the_best_of_all_roundings() -> None:

@@ -14,7 +14,8 @@ from onnxslim import model as model_io
 from onnxslim import qdq, runtime
 from onnxslim.calibration import Histogram
 from onnxslim.graph import constant
-from onnxslim.quantization import activation_params, quantize, weight_params
+from onnxslim.quantization import activation_params, store_weight, weight_params
+from onnxslim.saturation import neighbours
 from onnxslim.units import Kind, find_units, name_nodes, settle, sources, stored_values
 
 RNG = np.random.default_rng(1)
@@ -55,11 +56,14 @@ def quantized(model: ir.Model, x: np.ndarray, products: set[str] | None = None) 
     params = {n: activation_params(float(a.min()), float(a.max())) for n, a in values.items()}
     weights = {}
     for name in every:
-        index, axis = units[name].weight or (1, None)
+        weight = units[name].weight
+        assert weight is not None
+        index, axis = weight
         array = constant(units[name].node.inputs[index])
         assert array is not None
-        scales = weight_params(array, axis, bits=7)  # kernels without VNNI add two products in 16 bits
-        weights[name] = (quantize(array, scales, bits=7), scales)
+        pairs = neighbours(units[name].node, array.shape, axis)  # kernels without VNNI add two products in 16 bits
+        scales = weight_params(array, axis, pairs=pairs)
+        weights[name] = (store_weight(array, axis, scales, pairs), scales)
     chosen = settle(units, every if products is None else products, {})
     result = model.clone()
     qdq.insert(result, qdq.Plan(chosen, params, weights))

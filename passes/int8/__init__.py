@@ -46,8 +46,8 @@ class Int8(Pass):
         target: what the file is for: cpu, cpu-arm, openvino, tensorrt; none takes the target of the run. Each wants its
             pairs elsewhere, from the same calibration. What is not installed here is not measured.
         portable: also right on x86 CPUs without VNNI, whose kernels add two products in 16 bits: layers whose sums do
-            not fit, as seen on the calibration data, get weights of 7 bits. None: where the kernels of this machine add
-            so. Without it the report warns of these layers.
+            not fit, as seen on the calibration data, get weights that are kept so small that every sum fits. None:
+            where the kernels of this machine add so. Without it the report warns of these layers.
     """
 
     name: ClassVar[str] = "int8"
@@ -124,7 +124,7 @@ class Int8(Pass):
                 f"int8: on x86 CPUs without VNNI the sums of {len(saturating)} layers would saturate (first: "
                 f"{saturating[0]}); int8(portable=true) is right there too"
             )
-        return {"saturating": saturating, "seven_bits": [n for n in ready.narrow if n in products]}
+        return {"saturating": saturating, "narrowed": [n for n in ready.narrow if n in products]}
 
     def _blocked(self, ctx: Context, target: str) -> str | None:
         """Why nothing can be done at all."""

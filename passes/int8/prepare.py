@@ -16,10 +16,10 @@ from onnxslim.graph import constant
 from onnxslim.probe import Local
 from onnxslim.profiles import CPU, Profile
 from onnxslim.qdq import Plan
-from onnxslim.quantization import QParams, quantize, weight_params, widen_for_bias
+from onnxslim.quantization import QParams, store_weight, weight_params, widen_for_bias
 from onnxslim.responses import response
 from onnxslim.rounding import ROWS, WIDEST, Gram, refine
-from onnxslim.saturation import overflowing
+from onnxslim.saturation import neighbours, overflowing
 from onnxslim.units import Kind, Unit, find_units, settle, sources, stored_values
 
 # Samples on which ranges are compared by the error they cause; each costs two passes per candidate range.
@@ -37,7 +37,7 @@ class Prepared:
         params, weights, shift: see `Plan`.
         methods: how many ranges were taken by each method.
         saturating: products whose sums of two products would not fit into 16 bits, which CPUs without VNNI have.
-        narrow: those of them that are stored in 7 bits for that reason.
+        narrow: those of them whose weights are kept smaller for that reason.
         profile: the execution provider that is served.
     """
 
@@ -95,10 +95,10 @@ def survey(
     units = {n: u for n, u in units.items() if all(options.get(owner.get(v, v), True) for v in (*u.inputs, *u.outputs))}
     kept = [n for n in products if n in units]
 
-    def store(name: str, bits: int = 8) -> tuple[np.ndarray, QParams]:
+    def store(name: str, *, narrow: bool = False) -> tuple[np.ndarray, QParams]:
         choices = options[owner.get(units[name].inputs[0], units[name].inputs[0])].values()
         least = min(float(c.scale) for c in choices)
-        return _store(units[name], per_channel, grams.get(name), least, bits)
+        return _store(units[name], per_channel, grams.get(name), least, narrow=narrow)
 
     weights = {name: store(name) for name in kept}
     params = {name: found["mse" if "mse" in found else "minmax"] for name, found in options.items() if found}
@@ -111,7 +111,7 @@ def survey(
             model, chosen, weights, {n: params[owner.get(v, v)] for n, v in _reads(chosen)}, ctx, data
         )
     if portable and saturating:
-        weights.update({name: store(name, 7) for name in saturating})
+        weights.update({name: store(name, narrow=True) for name in saturating})
         shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
     table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
     sizes = {name: histograms[owner.get(name, name)].elements for name in (*names, *owner)}
@@ -214,24 +214,31 @@ def _grams(units: Mapping[str, Unit], products: Collection[str], rows: int) -> d
         assert unit.weight is not None
         weight = constant(unit.node.inputs[unit.weight[0]])
         assert weight is not None
-        width = weight.shape[1 - (unit.weight[1] or 0)] if unit.op != "Conv" else int(np.prod(weight.shape[1:]))
+        width = weight.shape[1 - unit.weight[1]] if unit.op != "Conv" else int(np.prod(weight.shape[1:]))
         if width <= WIDEST:
             found[name] = Gram(unit, weight.shape, rows)
     return found
 
 
-def _store(unit: Unit, per_channel: bool, gram: Gram | None, scale: float, bits: int = 8) -> tuple[np.ndarray, QParams]:
-    """The stored weight of a product whose input is stored with at least the step ``scale``."""
+def _store(
+    unit: Unit, per_channel: bool, gram: Gram | None, scale: float, *, narrow: bool
+) -> tuple[np.ndarray, QParams]:
+    """The stored weight of a product whose input is stored with at least the step ``scale``.
+
+    Args:
+        narrow: so that the sum of two products always fits into 16 bits.
+    """
     assert unit.weight is not None
     index, axis = unit.weight
     weight = constant(unit.node.inputs[index])
     assert weight is not None
-    params = weight_params(weight, axis if per_channel else None, bits=bits)
+    pairs = neighbours(unit.node, weight.shape, axis) if narrow else None
+    params = weight_params(weight, axis, pairs=pairs, per_channel=per_channel)
     bias = constant(unit.node.inputs[2]) if len(unit.node.inputs) > 2 else None
     if bias is not None:
-        channels = weight.shape[axis or 0]
+        channels = weight.shape[axis]
         params = widen_for_bias(params, np.broadcast_to(bias.reshape(-1), (channels,)), scale)
-    stored = quantize(weight, params, bits=bits)
-    if gram is not None and axis is not None:
-        stored = refine(weight, stored, params, gram, axis, 2 ** (bits - 1) - 1)
+    stored = store_weight(weight, axis, params, pairs)
+    if gram is not None:
+        stored = refine(weight, stored, params, gram, axis, pairs)
     return stored, params
