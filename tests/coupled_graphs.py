@@ -499,3 +499,23 @@ def cosine_attention(b: Builder) -> str:
     k = b.op("Div", k, b.op("Sqrt", b.op("ReduceSumSquare", k, b.ints(-1))))
     scores = b.op("Softmax", b.op("MatMul", q, b.op("Transpose", k, perm=[0, 2, 1])), axis=-1)
     return b.dense(b.op("MatMul", scores, v), 3, 2)
+
+
+@case(4, 6, 3)
+def repeated_for_every_sample(b: Builder) -> str:
+    """Tables of positions, tiled as often as the batch is large; their channels are those of the queries."""
+    x = tokens(b, length=5)
+    joined = b.op("Concat", b.op("Gather", b.op("Shape", x), b.ints(0)), b.ints(1, 1), axis=0)
+    read = b.op("Shape", b.op("ReduceMax", x, b.ints(1, 2)))
+    for width, repeats in ((4, joined), (3, read)):
+        table = b.op("Tile", b.op("Unsqueeze", b.dense(b.w(5, 6), 6, width), b.ints(0)), repeats)
+        scores = b.op("MatMul", b.dense(x, 6, width), b.op("Transpose", table, perm=[0, 2, 1]))
+        x = b.dense(b.op("Softmax", scores, axis=-1), 5, 6)
+    return x
+
+
+@case(8)
+def sampled_on_a_grid(b: Builder) -> str:
+    x = image(b)
+    grid = b.op("Tanh", b.op("Transpose", b.conv(x, 3, 2), perm=[0, 2, 3, 1]))
+    return b.conv(b.op("GridSample", b.conv(x, 3, 8), grid, padding_mode="border"), 8, 2)
