@@ -74,7 +74,7 @@ class Prune(Pass):
         refit: refit the remaining weights (switch off only to see what it brings).
         lossless: remove only what provably has no effect.
         record: write what is kept of every weight to this file, as JSON.
-        plan: remove what such a file says, instead of choosing.
+        plan: remove what such a file says, instead of choosing. On the same model and data this gives the same weights.
     """
 
     name: ClassVar[str] = "prune"
@@ -152,6 +152,9 @@ class Prune(Pass):
             outcome.skipped.extend(Skip(f.name, "no override names it") for f in families if f.name not in given)
             families = [f for f in families if f.name in given]
         outcome.skipped.extend(Skip(name, why) for name, why in whole.items())
+        planned = {} if self.plan is None else plans.read(self.plan, families)
+        if self.plan is not None:
+            families = [f for f in families if f.name in planned]
         outcome.stats["families"] = len(families)
         if not families:
             return outcome
@@ -163,9 +166,10 @@ class Prune(Pass):
         if self.plan is None:
             orders, candidates = self._judge(coupled, families, given, measured, held_out, ctx)
         else:
-            leaving = plans.read(self.plan, families)
-            orders = [surgeon.Order(units, np.zeros(len(units))) for units in leaving]
-            candidates = []
+            orders, candidates = [planned[f.name] for f in families], []
+            for family in families:
+                for site in family.sites:
+                    measured[site].ridge = planned[family.name].ridge
         planner = Planner(coupled, families, orders, candidates, ctx)
 
         allowed = self.tolerance
@@ -200,6 +204,7 @@ class Prune(Pass):
             if not m:
                 why = f"one step of its {len(family.atoms)} channels costs more than elsewhere"
                 why = "kept whole by overrides" if family.name in given else why
+                why = "kept whole by the plan" if family.name in planned else why
                 outcome.skipped.append(Skip(family.name, why))
         kept = plans.kept(coupled, atoms)
         outcome.stats.update(
@@ -211,7 +216,7 @@ class Prune(Pass):
             _copy_weights(masked, coupled)
             outcome.stats["oracle"] = self._cut(model, masked, coupled, atoms, feed, families, ctx)
         if self.record is not None:
-            gone = [o.units[:m] for o, m in zip(orders, counts, strict=True)]
+            gone = [dataclasses.replace(o, units=o.units[:m]) for o, m in zip(orders, counts, strict=True)]
             plans.write(self.record, kept, families, gone)
         return outcome
 
