@@ -143,4 +143,6 @@ def literal(value: Any) -> str:
         return "none"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(literal(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(k)}: {literal(v)}" for k, v in value.items()) + "}"
     return repr(value)

@@ -291,7 +291,8 @@ def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 
     Args:
         feeds: one sample; the shapes seen on it are those that the rules work with.
     """
-    from onnxslim import rules, rules_movement  # noqa: F401 - they import this module, and register themselves
+    # They import this module, and register themselves.
+    from onnxslim import rules, rules_movement, rules_reductions  # noqa: F401
 
     shapes, small, taken = _observe(model, feeds, threads)
     coupling = Coupling(model, shapes, small)

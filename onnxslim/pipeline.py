@@ -1,7 +1,8 @@
 """From the text ``prune(ratio=0.5),int8`` to passes that ran, each checked and rolled back when it fails.
 
 Grammar: passes separated by commas; a pass is a name, optionally followed by ``name=value`` options in parentheses.
-Values are literals: numbers, ``true``, ``false``, ``none``, quoted strings, bare words, lists in brackets.
+Values are literals: numbers, ``true``, ``false``, ``none``, quoted strings, bare words, lists in brackets, and mappings
+in braces, ``{'name': value}``.
 ``parse(str(p))`` gives ``p`` back.
 """
 
@@ -16,7 +17,7 @@ import math
 import re
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import onnx_ir as ir
@@ -218,6 +219,13 @@ def _literal(node: ast.expr, where: str) -> Any:
         return words.get(node.id, node.id)
     if isinstance(node, ast.List | ast.Tuple):
         return tuple(_literal(item, where) for item in node.elts)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        keys = [_literal(key, where) for key in node.keys if key is not None]
+        if not all(isinstance(key, str | int | float) for key in keys):
+            raise UsageError(f"{where}: the keys of {ast.unparse(node)} must be words, strings or numbers")
+        if len(set(keys)) < len(keys):
+            raise UsageError(f"{where}: {ast.unparse(node)} has a key twice")
+        return dict(zip(keys, (_literal(item, where) for item in node.values), strict=True))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):  # a word with hyphens
         parts = (_literal(node.left, where), _literal(node.right, where))
         if all(isinstance(part, str) for part in parts):
@@ -225,7 +233,7 @@ def _literal(node: ast.expr, where: str) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{where}: {ast.unparse(node)} is not a number, word, string or list") from error
+        raise UsageError(f"{where}: {ast.unparse(node)} is not a number, word, string, list or mapping") from error
 
 
 def _typed(name: str, option: str, value: Any, hint: Any) -> Any:
@@ -252,6 +260,11 @@ def _fit(value: Any, kind: Any) -> Any:
     if origin is tuple and get_args(kind)[1:] == (...,):
         items = [_fit(item, get_args(kind)[0]) for item in (value if isinstance(value, tuple) else (value,))]
         return _MISFIT if _MISFIT in items else tuple(items)
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            return _MISFIT
+        pairs = [(_fit(k, get_args(kind)[0]), _fit(v, get_args(kind)[1])) for k, v in value.items()]
+        return _MISFIT if any(_MISFIT in pair for pair in pairs) else dict(pairs)
     return value if isinstance(kind, type) and isinstance(value, kind) else _MISFIT
 
 
@@ -263,6 +276,8 @@ def readable(kind: Any) -> str:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list of {readable(get_args(kind)[0])}"
+    if get_origin(kind) is Mapping:
+        return f"a mapping of {' to '.join(map(readable, get_args(kind)))}"
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(map(readable, get_args(kind)))
     return str(getattr(kind, "__name__", kind))

@@ -1,6 +1,7 @@
 """The rules of operators that compute, for `onnxslim.coupling`: what they tie, what they contract, what must change.
 
-Those of operators that move data are in `onnxslim.rules_movement`.
+Those of operators that move data are in `onnxslim.rules_movement`, those that sum or pool along axes in
+`onnxslim.rules_reductions`.
 """
 
 from __future__ import annotations
@@ -289,38 +290,6 @@ def along_axis(c: Coupling, node: ir.Node) -> None:
     else:  # before opset 13 all axes from this one on are one
         blocked = list(range(attribute(node, "axis", 1) % rank, rank))
     c.set(node.outputs[0], passed(c, node, blocked, "normalized over this axis"))
-
-
-@rule(
-    "MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool LRN ReduceMean "
-    "ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceSumSquare "
-    "ArgMax ArgMin TopK"
-)
-def reduction(c: Coupling, node: ir.Node) -> None:
-    """Axes that are reduced or pooled stay; the others pass."""
-    rank = len(c.shape(data(node)))
-    kind = node.op_type
-    if kind in ("TopK", "ArgMax", "ArgMin"):
-        changed = {attribute(node, "axis", -1 if kind == "TopK" else 0) % rank}
-    elif kind.startswith("Reduce"):
-        chosen = attribute(node, "axes")
-        if chosen is None:
-            found = c.argument(optional(node, 1))
-            chosen = [] if found is None else found.ravel().tolist()
-        if not chosen and not attribute(node, "noop_with_empty_axes", 0):
-            chosen = range(rank)
-        changed = {a % rank for a in chosen}
-    elif kind == "LRN":
-        changed = {1}
-    else:
-        changed = set(range(2, rank))
-    why = "normalized over its neighbours" if kind == "LRN" else "reduced or pooled along this axis"
-    axes = passed(c, node, sorted(changed), why)
-    keep = attribute(node, "keepdims", 1)
-    removes = not keep and kind.startswith(("Reduce", "Arg"))
-    for output in node.outputs:
-        if output.name in c.shapes:
-            c.set(output, [x for a, x in enumerate(axes) if not (removes and a in changed)])
 
 
 @rule("QuantizeLinear DequantizeLinear")

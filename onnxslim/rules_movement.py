@@ -120,7 +120,9 @@ def _run_time_axes(c: Coupling, node: ir.Node, rank: int) -> list[int]:
     if node.op_type == "Split" and optional(node, 1) is not None and not is_constant(optional(node, 1)):
         return [attribute(node, "axis", 0) % rank]
     if node.op_type in ("Tile", "Pad") and not is_constant(optional(node, 1)) and "pads" not in node.attributes:
-        return list(range(rank))
+        # Repeated by the size of the batch, an axis says nothing about the others.
+        known = _known_entries(c, data(node, 1)) if node.op_type == "Tile" else set()
+        return [a for a in range(rank) if a not in known]
     return []
 
 
@@ -232,6 +234,16 @@ def _pieces(c: Coupling, value: ir.Value) -> dict[int, tuple[int, int]]:
             result.update((start + j, (k, j)) for j in range(size))
         start += size
     return result
+
+
+def _known_entries(c: Coupling, value: ir.Value) -> set[int]:
+    """Which entries of sizes that a Concat joins, or that are read from a value, are the same for every input."""
+    producer = value.producer()
+    read = producer.inputs[0] if is_op(producer, "Shape") and producer is not None else None
+    if producer is None or read is None or read.shape is None:
+        return set(_pieces(c, value))
+    span = range(len(read.shape))[attribute(producer, "start", 0) : attribute(producer, "end", None)]
+    return {k for k, axis in enumerate(span) if isinstance(read.shape[axis], int)}
 
 
 def _piece(
@@ -359,3 +371,13 @@ def resize(c: Coupling, node: ir.Node) -> None:
     if node.op_type == "Resize" and optional(node, 3) is not None:
         order = attribute(node, "axes", list(range(rank)))
         _sizes_argument(c, node, 3, {k: axes[a] for k, a in enumerate(order)})
+
+
+@rule("GridSample")
+def grid_sample(c: Coupling, node: ir.Node) -> None:
+    """(N, C, ...) sampled where a grid (N, ..., axes) says: the channels pass, what is interpolated stays."""
+    x, grid = c.axes(data(node)), c.axes(data(node, 1))
+    for labels in (*x[2:], *grid[1:]):
+        c.freeze(labels, reason(node, "interpolated along this axis"))
+    batch = c.tie(x[0], grid[0], reason(node, "combined with a tensor that cannot be cut"))
+    c.set(node.outputs[0], [batch, x[1], *[None] * (len(x) - 2)])

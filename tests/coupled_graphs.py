@@ -468,3 +468,54 @@ def cut_at_a_place_known_at_run_time(b: Builder) -> str:
     x = b.dense(tokens(b), 6, 8)
     end = b.op("Gather", b.op("Shape", x), b.ints(1))
     return b.dense(b.op("Slice", x, b.ints(0), end, b.ints(1)), 8, 3)
+
+
+@case(8)
+def global_response_norm(b: Builder) -> str:
+    """The mean over the channels divides by as many as before, whatever has left."""
+    x = b.op("Transpose", b.conv(image(b), 3, 8), perm=[0, 2, 3, 1])
+    energy = b.op("ReduceL2", x, b.ints(1, 2))
+    response = b.op("Div", energy, b.op("Add", b.op("ReduceMean", energy, b.ints(-1)), b.c(np.float32(0.1))))
+    x = b.op("Add", b.op("Add", b.op("Mul", b.w(8), b.op("Mul", x, response)), b.w(8)), x)
+    return b.dense(x, 8, 2)
+
+
+@case(4, 8, opset=13)
+def mean_and_sum_over_channels(b: Builder) -> str:
+    """One reduction over a fixed and two cut axes, one whose axes are an attribute, one that drops its axis."""
+    x = b.heads(b.op("Sigmoid", b.dense(tokens(b, length=5), 6, 32)), 8, 4)  # (n, 8, 5, 4)
+    level = b.op("Mul", b.op("ReduceMean", x, axes=[1, 2, 3]), b.c(np.float32(3)))
+    x = b.op("Div", x, b.op("Add", level, b.op("ReduceMean", x, axes=[-1])))
+    total = b.op("Unsqueeze", b.op("ReduceSum", x, b.ints(3), keepdims=0), b.ints(3))
+    return b.dense(b.join(b.op("Div", x, total), 32), 32, 3)
+
+
+@case(4, 3)
+def cosine_attention(b: Builder) -> str:
+    """Queries and keys of length 1."""
+    x = tokens(b, length=5)
+    q, k, v = b.dense(x, 6, 4), b.dense(x, 6, 4), b.dense(x, 6, 3)
+    q = b.op("Div", q, b.op("ReduceL2", q, b.ints(-1)))
+    k = b.op("Div", k, b.op("Sqrt", b.op("ReduceSumSquare", k, b.ints(-1))))
+    scores = b.op("Softmax", b.op("MatMul", q, b.op("Transpose", k, perm=[0, 2, 1])), axis=-1)
+    return b.dense(b.op("MatMul", scores, v), 3, 2)
+
+
+@case(4, 6, 3)
+def repeated_for_every_sample(b: Builder) -> str:
+    """Tables of positions, tiled as often as the batch is large; their channels are those of the queries."""
+    x = tokens(b, length=5)
+    joined = b.op("Concat", b.op("Gather", b.op("Shape", x), b.ints(0)), b.ints(1, 1), axis=0)
+    read = b.op("Shape", b.op("ReduceMax", x, b.ints(1, 2)))
+    for width, repeats in ((4, joined), (3, read)):
+        table = b.op("Tile", b.op("Unsqueeze", b.dense(b.w(5, 6), 6, width), b.ints(0)), repeats)
+        scores = b.op("MatMul", b.dense(x, 6, width), b.op("Transpose", table, perm=[0, 2, 1]))
+        x = b.dense(b.op("Softmax", scores, axis=-1), 5, 6)
+    return x
+
+
+@case(8)
+def sampled_on_a_grid(b: Builder) -> str:
+    x = image(b)
+    grid = b.op("Tanh", b.op("Transpose", b.conv(x, 3, 2), perm=[0, 2, 3, 1]))
+    return b.conv(b.op("GridSample", b.conv(x, 3, 8), grid, padding_mode="border"), 8, 2)

@@ -218,6 +218,39 @@ def test_what_mixes_channels_keeps_them(middle: Callable[[Builder, str], str], c
     assert frozen_by(middle, channels) == ([], reason)
 
 
+def _layer_norm(b: Builder, x: str) -> str:
+    centred = b.op("Sub", x, b.op("ReduceMean", x, b.ints(1), name="mean"))
+    spread = b.op("ReduceMean", b.op("Pow", centred, b.c(np.float32(2))), b.ints(1), name="variance")
+    return b.op("Div", centred, b.op("Sqrt", b.op("Add", spread, b.c(np.float32(1e-5)))))
+
+
+def _rms_norm(b: Builder, x: str) -> str:
+    level = b.op("ReduceMean", b.op("Mul", x, x), b.ints(1), name="variance")
+    return b.op("Div", x, b.op("Sqrt", b.op("Add", level, b.c(np.float32(1e-5)))))
+
+
+@pytest.mark.parametrize(("middle", "name"), [(_layer_norm, "mean"), (_rms_norm, "variance")])
+def test_a_norm_in_single_operators_keeps_its_axis_like_the_operator(
+    middle: Callable[[Builder, str], str], name: str
+) -> None:
+    assert frozen_by(middle) == ([], f"ReduceMean {name}: normalized over this axis")
+
+
+def test_a_mean_that_shrinks_again_takes_no_second_factor() -> None:
+    b = Builder()
+    x = b.conv(image(b), 3, 8)
+    proto = b.proto(b.conv(b.op("Mul", x, b.op("ReduceMean", x, b.ints(1))), 8, 2))
+    coupled = analyze(proto)
+    masked = coupled.model.clone()
+    coupling.mask(masked, coupled.sites, coupled.removed(coupled.families[0].atoms[:4]))
+    for _ in range(2):
+        coupled.remove(coupled.families[0].atoms[:2])
+        coupled = coupling.analyze(coupled.model, feed(proto, 1), threads=1)
+    assert [node.op_type for node in coupled.model.graph].count("Mul") == 2
+    expected, got = (runtime.load(m, threads=1)(feed(proto, 2))["Conv_3_0"] for m in (masked, coupled.model))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_positions_on_an_axis_that_grows_with_the_input_keep_it() -> None:
     b = Builder()
     x = b.op("Reshape", b.dense(tokens(b), 6, 4), b.ints(0, -1))  # (n, t * 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import onnx
@@ -32,6 +33,7 @@ class Options(Pass):
     names: tuple[str, ...] = ("a",)
     sizes: tuple[int, ...] = ()
     mode: Literal["slow", "quick"] = "slow"
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         return Outcome()
@@ -56,6 +58,9 @@ _TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_si
         names=st.lists(_TEXT.filter(lambda text: "\0" not in text), max_size=3).map(tuple),
         sizes=st.lists(st.integers(), max_size=3).map(tuple),
         mode=st.sampled_from(["slow", "quick"]),
+        shares=st.dictionaries(
+            _TEXT.filter(lambda text: "\0" not in text), st.floats(allow_nan=False, allow_infinity=False), max_size=3
+        ),
     )
 )
 def test_text_of_a_pass_reads_back_as_the_same_pass(item: Options) -> None:
@@ -67,9 +72,19 @@ def test_text_of_a_pass_reads_back_as_the_same_pass(item: Options) -> None:
 @pytest.mark.usefixtures("options")
 def test_literals_have_the_type_of_the_option() -> None:
     (item,) = pipeline.parse(
-        "options(ratio=1, limit=none, fast=false, word=conv, names=[a, 'b c'], sizes=4, mode=quick)"
+        "options(ratio=1, limit=none, fast=false, word=conv, names=[a, 'b c'], sizes=4, mode=quick, "
+        "shares={a: 1, 'b c': 0.5})"
     )
-    assert item == Options(ratio=1.0, limit=None, fast=False, word="conv", names=("a", "b c"), sizes=(4,), mode="quick")
+    assert item == Options(
+        ratio=1.0,
+        limit=None,
+        fast=False,
+        word="conv",
+        names=("a", "b c"),
+        sizes=(4,),
+        mode="quick",
+        shares={"a": 1.0, "b c": 0.5},
+    )
     assert isinstance(item, Options)
     assert isinstance(item.ratio, float)
 
@@ -103,6 +118,13 @@ def test_literals_have_the_type_of_the_option() -> None:
         "op tions",
         "options(word='a)",
         "options(word=\0)",
+        "options(shares=[1])",
+        "options(shares={a: b})",
+        "options(shares={1: 0.5})",
+        "options(shares={a: 1, a: 2})",
+        "options(shares={{}: 1})",
+        "options(shares={**{}})",
+        "options(shares={a: 1e999})",
     ],
 )
 def test_malformed_texts_are_usage_errors(text: str) -> None:

@@ -21,21 +21,26 @@ class Candidate:
     """A family of ``count`` units: ``error[m - 1]`` after its m cheapest have left.
 
     ``step``: the number of units that stay should be a multiple of it. ``most``: at most so many may leave.
+    ``fixed``: just so many leave, whatever that costs and saves.
     """
 
     count: int
     error: np.ndarray
     step: int
     most: int
+    fixed: int | None = None
 
     def widths(self) -> np.ndarray:
         """Numbers of units to remove that leave a width the kernels like, ascending, 0 among them."""
+        if self.fixed is not None:
+            return np.array([self.fixed])
         most = min(len(self.error), self.count - 1, self.most)
         return np.array([0, *(m for m in range(1, most + 1) if (self.count - m) % self.step == 0)])
 
     def prices(self) -> np.ndarray:
-        """The error at each of `widths`."""
-        return np.concatenate([[0.0], self.error])[self.widths()]
+        """The error at each of `widths`, beyond that of the first of them."""
+        errors = np.concatenate([[0.0], self.error])[self.widths()]
+        return errors - errors[0]
 
 
 Spent = Callable[[Sequence[int]], float]  # what is left of a budgeted quantity when so many units leave each family
@@ -53,7 +58,7 @@ def step_of(channels: int, units: int) -> int:
 
 def within(candidates: Sequence[Candidate], spent: Spent, tolerance: float) -> list[int]:
     """Units to remove per family that save most while the errors add up to at most ``tolerance``."""
-    best = [0] * len(candidates)
+    best = [int(c.widths()[0]) for c in candidates]
     least = spent(best)
     current = best
     for _ in range(ROUNDS):
@@ -72,7 +77,7 @@ def down_to(candidates: Sequence[Candidate], spent: Spent, goal: float) -> list[
 
     Where the goal cannot be reached, what comes closest.
     """
-    current = [0] * len(candidates)
+    current = [int(c.widths()[0]) for c in candidates]
     full = [int(c.widths()[-1]) for c in candidates]
     if spent(full) >= goal:
         return full

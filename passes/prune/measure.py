@@ -209,6 +209,8 @@ def _operands(site: Site) -> list[tuple[str, int, int]]:
         else:
             axis = 1 if attribute(site.node, "transB", 0) else 0
         found.append((other.name or "", axis, site.rank))
+    if site.node.op_type in ("ReduceL2", "ReduceSumSquare"):  # multiplies them by themselves
+        found *= 2
     return found
 
 

@@ -66,12 +66,15 @@ class Prune(Pass):
         tolerance: relative squared error of the outputs that is nearly free, when there is no budget.
         protect: regular expressions; families whose name or weights match stay whole.
         only: regular expressions; only families whose name or weights match may shrink.
+        overrides: the fraction of their units that leaves the families whose name or weights match a regular
+            expression (the first one that does), whatever the budget would choose: {'layer4': 0.1, 'fc': 0.5}. A budget
+            counts what they save, and chooses for the others; without one, these alone shrink.
         importance: what orders the channels of a family: obs (see above), variance (of a channel times its outgoing
             weights), magnitude (of all weights that leave with it) or median (those nearest to all others leave first).
         refit: refit the remaining weights (switch off only to see what it brings).
         lossless: remove only what provably has no effect.
         record: write what is kept of every weight to this file, as JSON.
-        plan: remove what such a file says, instead of choosing.
+        plan: remove what such a file says, instead of choosing. On the same model and data this gives the same weights.
     """
 
     name: ClassVar[str] = "prune"
@@ -86,6 +89,7 @@ class Prune(Pass):
     tolerance: float = 5e-3
     protect: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    overrides: Mapping[str, float] = dataclasses.field(default_factory=dict)
     importance: Literal["obs", "variance", "magnitude", "median"] = "obs"
     refit: bool = True
     lossless: bool = False
@@ -101,7 +105,13 @@ class Prune(Pass):
             value = getattr(self, name)
             self.require(value is None or value > 0, f"{name}={value} must be above 0: what may stay")
         self.require(self.tolerance >= 0, f"tolerance={self.tolerance} must not be negative")
-        for option in ("protect", "only"):
+        for pattern, share in self.overrides.items():
+            self.require(0 <= share < 1, f"overrides: {pattern!r}: {share} must be at least 0 and below 1")
+        choosing = [name for name in ("plan", "lossless") if getattr(self, name)]
+        self.require(
+            not (self.overrides and choosing), f"overrides and {''.join(choosing)} are given: give one of them"
+        )
+        for option in ("protect", "only", "overrides"):
             for pattern in getattr(self, option):
                 try:
                     re.compile(pattern)
@@ -111,7 +121,7 @@ class Prune(Pass):
     @property
     def budgeted(self) -> bool:
         """True when the user has said how much must leave."""
-        return any(getattr(self, name) is not None for name in (*BUDGETS, "plan"))
+        return bool(self.overrides) or any(getattr(self, name) is not None for name in (*BUDGETS, "plan"))
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         """Remove channels from ``model`` in place; families that cannot leave soundly are put back and named."""
@@ -135,8 +145,16 @@ class Prune(Pass):
         """Remove channels of all families but those in ``whole``, which come with the reason."""
         coupled = coupling.analyze(model, feed, threads=ctx.threads)
         outcome = Outcome(skipped=[Skip(name, why) for name, why in coupled.frozen().items()])
-        families = [f for f in self._candidates(coupled, outcome) if f.name not in whole]
+        families = self._candidates(coupled, outcome)
+        given, budget = self._overridden(families), self._budget()
+        families = [f for f in families if f.name not in whole]
+        if self.overrides and budget is None:
+            outcome.skipped.extend(Skip(f.name, "no override names it") for f in families if f.name not in given)
+            families = [f for f in families if f.name in given]
         outcome.skipped.extend(Skip(name, why) for name, why in whole.items())
+        planned = {} if self.plan is None else plans.read(self.plan, families)
+        if self.plan is not None:
+            families = [f for f in families if f.name in planned]
         outcome.stats["families"] = len(families)
         if not families:
             return outcome
@@ -146,19 +164,22 @@ class Prune(Pass):
         fit, held_out = ctx.calibration.split(HELD)
         measured = measure.factors(coupled, families, fit, held_out, ctx)
         if self.plan is None:
-            orders, candidates = self._judge(coupled, families, measured, held_out, ctx)
+            orders, candidates = self._judge(coupled, families, given, measured, held_out, ctx)
         else:
-            leaving = plans.read(self.plan, families)
-            orders = [surgeon.Order(units, np.zeros(len(units))) for units in leaving]
-            candidates = []
+            orders, candidates = [planned[f.name] for f in families], []
+            for family in families:
+                for site in family.sites:
+                    measured[site].ridge = planned[family.name].ridge
         planner = Planner(coupled, families, orders, candidates, ctx)
 
         allowed = self.tolerance
         for attempt in range(ATTEMPTS):
             if self.plan is not None:
                 counts = [len(o.units) for o in orders]
-            elif self.budgeted:
-                counts = planner.budget(*self._budget(), outcome)
+            elif budget is not None:
+                counts = planner.budget(*budget, outcome)
+            elif self.overrides:
+                counts = [c.fixed or 0 for c in candidates]
             else:
                 # The sum of what the families cost alone is only an estimate: try plans before refitting one.
                 low, high = 0.0, 8 * self.tolerance
@@ -182,6 +203,8 @@ class Prune(Pass):
         for family, m in zip(families, counts, strict=True):
             if not m:
                 why = f"one step of its {len(family.atoms)} channels costs more than elsewhere"
+                why = "kept whole by overrides" if family.name in given else why
+                why = "kept whole by the plan" if family.name in planned else why
                 outcome.skipped.append(Skip(family.name, why))
         kept = plans.kept(coupled, atoms)
         outcome.stats.update(
@@ -193,7 +216,7 @@ class Prune(Pass):
             _copy_weights(masked, coupled)
             outcome.stats["oracle"] = self._cut(model, masked, coupled, atoms, feed, families, ctx)
         if self.record is not None:
-            gone = [o.units[:m] for o, m in zip(orders, counts, strict=True)]
+            gone = [dataclasses.replace(o, units=o.units[:m]) for o, m in zip(orders, counts, strict=True)]
             plans.write(self.record, kept, families, gone)
         return outcome
 
@@ -235,20 +258,38 @@ class Prune(Pass):
             plans.write(self.record, left)
         return outcome
 
-    def _budget(self) -> tuple[str, float]:
-        """What is budgeted, and how much of it may stay."""
+    def _budget(self) -> tuple[str, float] | None:
+        """What is budgeted, and how much of it may stay; None without a budget."""
         if self.ratio is not None:
             return "params", 1 - self.ratio
-        return next((n, float(v)) for n in ("params", "macs", "latency") if (v := getattr(self, n)) is not None)
+        given = ((n, float(v)) for n in ("params", "macs", "latency") if (v := getattr(self, n)) is not None)
+        return next(given, None)
+
+    def _overridden(self, families: Sequence[Family]) -> dict[str, int]:
+        """The families whose widths are given, with the units that leave.
+
+        Raises:
+            UsageError: an expression matches none of ``families``.
+        """
+        found: dict[str, int] = {}
+        for pattern, share in self.overrides.items():
+            matching = [f for f in families if _matches(pattern, f)]
+            self.require(
+                bool(matching),
+                f"overrides: {pattern!r} matches no family that may shrink: inspect --prunable lists them",
+            )
+            for family in matching:
+                count = len(family.atoms)
+                found.setdefault(family.name, min(round(share * count), count - 1))
+        return found
 
     def _candidates(self, coupled: Coupling, outcome: Outcome) -> list[Family]:
         """Families that may shrink; those that the user protects are skipped."""
         families = []
         for family in coupled.families:
-            names = [family.name, *(v.name or "" for v, _ in family.weights)]
-            if any(re.search(p, n) for p in self.protect for n in names):
+            if any(_matches(pattern, family) for pattern in self.protect):
                 outcome.skipped.append(Skip(family.name, "protected"))
-            elif self.only and not any(re.search(p, n) for p in self.only for n in names):
+            elif self.only and not any(_matches(pattern, family) for pattern in self.only):
                 outcome.skipped.append(Skip(family.name, "matches none of the patterns of only"))
             else:
                 families.append(family)
@@ -256,15 +297,17 @@ class Prune(Pass):
 
     def _most(self) -> float:
         """The share of a family that may leave."""
-        if not self.budgeted:
+        budget = self._budget()
+        if budget is None:
             return MOST
-        kept = self._budget()[1]
+        kept = budget[1]
         return 0.95 if kept > 1 else min(0.95, 2 * (1 - kept) + 0.25)
 
     def _judge(
         self,
         coupled: Coupling,
         families: list[Family],
+        given: Mapping[str, int],
         measured: Mapping[Site, measure.Factor],
         held_out: Data,
         ctx: Context,
@@ -275,7 +318,8 @@ class Prune(Pass):
         limits = []
         for family in ctx.progress.track(families, total=len(families), label="rank channels"):
             count = len(family.atoms)
-            limit = max(1, min(count - 1, int(np.ceil(self._most() * count))))
+            fixed = given.get(family.name)
+            limit = max(1, min(count - 1, int(np.ceil(self._most() * count)) if fixed is None else fixed))
             told = measure.contributions(coupled, family, measured)
             first = measure.ranked(self.importance, coupled, family, told)
             found = surgeon.order(told, count, limit=limit, first=first)
@@ -293,7 +337,8 @@ class Prune(Pass):
             scales = [next(errors) / max(float(found.error[m - 1]), FELT) for m in marks]
             curve = found.error * np.interp(np.arange(1, len(found.error) + 1), marks, scales)
             step = allocate.step_of(measure.channels(coupled, family), len(family.atoms))
-            candidates.append(allocate.Candidate(len(family.atoms), np.maximum.accumulate(curve), step, limit))
+            rising, fixed = np.maximum.accumulate(curve), given.get(family.name)
+            candidates.append(allocate.Candidate(len(family.atoms), rising, step, limit, fixed))
         return orders, candidates
 
     def _refitted(
@@ -336,6 +381,11 @@ class Prune(Pass):
         if best is masked:
             outcome.skipped.append(Skip("*", f"refitting was dropped: it does not lower the error of {before:.3g}"))
         return best, error
+
+
+def _matches(pattern: str, family: Family) -> bool:
+    """True when the family's name or one of its weights matches."""
+    return any(re.search(pattern, name) for name in (family.name, *(v.name or "" for v, _ in family.weights)))
 
 
 def _moved(

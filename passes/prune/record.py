@@ -14,6 +14,7 @@ import numpy as np
 from onnxslim.coupling import Coupling, Family
 from onnxslim.errors import UsageError
 from onnxslim.graph import is_constant
+from onnxslim.passes.prune.importance import RIDGE, Order
 
 VERSION = 1
 Kept = dict[str, dict[int, np.ndarray]]  # per weight and axis the indices that stay
@@ -40,19 +41,20 @@ def composed(first: Kept, second: Kept) -> Kept:
     return result
 
 
-def write(path: str, indices: Kept, families: Sequence[Family] = (), removed: Sequence[np.ndarray] = ()) -> None:
+def write(path: str, indices: Kept, families: Sequence[Family] = (), leaving: Sequence[Order] = ()) -> None:
     """Write a plan; the file appears whole or not at all.
 
     Args:
         indices: see `kept`, of the weights as the pass got them.
-        families, removed: what `read` goes by, with the positions within each family of the units that leave.
+        families, leaving: what `read` goes by, with the units that leave each family and what its readers are refitted
+            with.
     """
     content = {
         "version": VERSION,
         "weights": {name: {str(axis): left.tolist() for axis, left in axes.items()} for name, axes in indices.items()},
         "families": [
-            {"name": f.name, "units": len(f.atoms), "removed": sorted(int(u) for u in gone)}
-            for f, gone in zip(families, removed, strict=True)
+            {"name": f.name, "units": len(f.atoms), "removed": sorted(int(u) for u in o.units), "ridge": o.ridge}
+            for f, o in zip(families, leaving, strict=True)
         ],
     }
     target = Path(path)
@@ -65,8 +67,8 @@ def write(path: str, indices: Kept, families: Sequence[Family] = (), removed: Se
         raise UsageError(f"prune: record={path!r} cannot be written: {error.strerror}") from error
 
 
-def read(path: str, families: Sequence[Family]) -> list[np.ndarray]:
-    """The units that leave each of ``families`` by the plan in ``path``.
+def read(path: str, families: Sequence[Family]) -> dict[str, Order]:
+    """The units that leave each of the ``families`` that the plan in ``path`` names, and what to refit with.
 
     Raises:
         UsageError: the file is no plan, or one for another model.
@@ -77,12 +79,16 @@ def read(path: str, families: Sequence[Family]) -> list[np.ndarray]:
         version = content["version"]
         sizes = {name: int(entry["units"]) for name, entry in entries.items()}
         removed = {name: np.array(entry["removed"], np.int64) for name, entry in entries.items()}
+        ridges = {name: float(entry.get("ridge", RIDGE)) for name, entry in entries.items()}
+        weights = bool(content.get("weights"))
     except OSError as error:
         raise UsageError(f"prune: plan={path!r} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"prune: plan={path!r} is not a plan: write one with prune(record=...)") from error
     if version != VERSION:
         raise UsageError(f"prune: plan={path!r} is of version {version}, not {VERSION}: write it again")
+    if weights and not entries:
+        raise UsageError(f"prune: plan={path!r} was written by prune(lossless=true): run that again, it needs no plan")
     here = {f.name: len(f.atoms) for f in families}
     for name, count in sizes.items():
         if not len(removed[name]):
@@ -90,4 +96,4 @@ def read(path: str, families: Sequence[Family]) -> list[np.ndarray]:
         if here.get(name) != count or removed[name].min() < 0 or removed[name].max() >= count:
             found = f"has {here[name]} units" if name in here else "is not among the families"
             raise UsageError(f"prune: plan={path!r} is for another model: {name} {found} here, {count} there")
-    return [removed.get(f.name, np.empty(0, np.int64)) for f in families]
+    return {name: Order(units, np.zeros(len(units)), ridges[name]) for name, units in removed.items() if name in here}

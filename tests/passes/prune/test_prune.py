@@ -200,6 +200,35 @@ def test_protected_families_stay_whole_and_are_named() -> None:
     assert loaded.graph.initializers["wg"].shape != [5, 16]
 
 
+def test_overrides_alone_cut_what_they_name_and_nothing_else() -> None:
+    model = _cnn()
+    loaded = model_io.load(model)
+    outcome = Prune(overrides={"^w1$": 0.3}).apply(loaded, _context(model))
+    assert loaded.graph.initializers["w1"].shape == [32 - round(0.3 * 32), 3, 3, 3]
+    assert loaded.graph.initializers["wg"].shape == [5, 16]
+    assert any(skip.reason == "no override names it" for skip in outcome.skipped)
+
+
+def test_a_budget_is_met_around_overrides() -> None:
+    model = _cnn()
+    loaded = model_io.load(model)
+    outcome = Prune(params=0.6, overrides={"^wg$": 0.0, "w": 0.25}).apply(loaded, _context(model))
+    # The first that matches counts: "w" is in all the names, and also in that of wg.
+    assert loaded.graph.initializers["wg"].shape == [5, 16]
+    assert loaded.graph.initializers["w1"].shape == [24, 3, 3, 3]
+    assert any(skip.reason == "kept whole by overrides" for skip in outcome.skipped)
+    loaded = model_io.load(model)
+    Prune(params=0.6, overrides={"^wg$": 0.25}).apply(loaded, _context(model))
+    assert loaded.graph.initializers["wg"].shape == [5, 12]
+    assert parameters(loaded) <= 0.6 * parameters(model_io.load(model))
+
+
+def test_an_override_that_matches_nothing_is_refused() -> None:
+    model = _cnn()
+    with pytest.raises(UsageError, match="'head' matches no family"):
+        Prune(overrides={"head": 0.5}).apply(model_io.load(model), _context(model))
+
+
 def test_without_data_only_a_ratio_prunes() -> None:
     model = _cnn()
     loaded = model_io.load(model)
@@ -233,6 +262,14 @@ def test_same_input_same_bytes() -> None:
         "prune(ratio=0.1, macs=0.9)",
         "prune(only='(')",
         "prune(importance=best)",
+        "prune(overrides={'(': 0.1})",
+        "prune(overrides={'conv': 1})",
+        "prune(overrides={'conv': -0.1})",
+        "prune(overrides={'conv': low})",
+        "prune(overrides={'conv': 0.1, 'conv': 0.2})",
+        "prune(overrides=0.5)",
+        "prune(overrides={'conv': 0.1}, lossless=true)",
+        "prune(overrides={'conv': 0.1}, plan='p.json')",
     ],
 )
 def test_bad_options_are_refused(text: str) -> None:

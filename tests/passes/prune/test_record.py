@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from onnxslim.contract import Context
 from onnxslim.errors import UsageError
 from onnxslim.graph import constant
 from onnxslim.passes.prune import Prune
+from onnxslim.passes.prune.importance import RIDGE
 from onnxslim.passes.prune.record import composed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -49,6 +51,25 @@ def test_a_plan_says_what_stays_and_is_replayed(ctx: Context, tmp_path: Path) ->
         )
 
 
+@pytest.mark.parametrize("options", [{"macs": 0.6}, {"tolerance": 0.1}, {"params": 0.8, "only": ("first", "last")}])
+def test_a_replay_gives_the_same_file(tmp_path: Path, options: dict[str, Any]) -> None:
+    b = Builder()
+    x = b.op("Conv", b.input("x", "n", 3, 6, 6), b.w(32, 3, 3, 3, name="first"), pads=[1] * 4)  # without a bias
+    x = b.relu(b.conv(b.relu(x), 32, 24))
+    x = b.op("Flatten", b.op("GlobalAveragePool", b.relu(b.conv(x, 24, 16, 1))))
+    proto = b.proto(b.op("Gemm", x, b.w(16, 5, name="last"), b.w(5)))
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.standard_normal((1, 3, 6, 6)).astype(np.float32)} for _ in range(8)]
+    context = Context(data_io.open_data(samples, data_io.input_specs(model_io.load(proto))), threads=1)
+    path = str(tmp_path / "plan.json")
+    first, second = model_io.load(proto), model_io.load(proto)
+    outcome = Prune(**options, record=path).apply(first, context)
+    assert outcome.stats["removed"] and outcome.stats["refitted"]
+    assert {family["ridge"] for family in json.loads(Path(path).read_text())["families"]} != {RIDGE}
+    Prune(plan=path).apply(second, context)
+    assert model_io.to_bytes(first) == model_io.to_bytes(second)
+
+
 def test_families_that_share_a_tensor_are_told_apart(tmp_path: Path) -> None:
     """Heads and positions within the heads are carried by the same tensors."""
     b = Builder()
@@ -74,6 +95,8 @@ def test_what_is_no_plan_for_this_model_is_refused(ctx: Context, tmp_path: Path)
         ("{", "not a plan"),
         ('{"version": 9, "families": []}', "version 9"),
         ('{"version": 1, "families": [{"name": "x", "units": 4, "removed": [1]}]}', "another model"),
+        ('{"version": 1, "families": [], "weights": {"w": {"0": [1]}}}', "lossless"),
+        ("[]", "not a plan"),
     ):
         path.write_text(content)
         with pytest.raises(UsageError, match=message):
