@@ -235,6 +235,15 @@ def walk(graph: ir.Graph) -> Iterator[ir.Node]:
         yield node
 
 
+def in_branches(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Nodes of the graph and of the branches of If nodes, at any depth: what runs at most once, in its order."""
+    for node in graph:
+        if is_op(node, "If"):
+            for branch in subgraphs(node):
+                yield from in_branches(branch)
+        yield node
+
+
 def by_output(graph: ir.Graph) -> dict[str, ir.Node]:
     """Nodes of the graph and its bodies by the name of their first output; the first one where two bodies share it."""
     return {node.outputs[0].name or "": node for node in reversed(list(walk(graph))) if node.outputs}
