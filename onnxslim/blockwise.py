@@ -22,7 +22,7 @@ from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.layer_inputs import moments
 from onnxslim.opset import raise_opset
 from onnxslim.rounding import round_columns, spreading
-from onnxslim.units import NEVER, PRODUCTS, name_nodes
+from onnxslim.units import NEVER, PRODUCTS, name_all_nodes
 
 # Weights with fewer elements are not worth the scales; columns that are worked on at a time.
 SMALLEST, COLUMNS = 4096, 512
@@ -119,13 +119,13 @@ def dequantize(stored: np.ndarray, scales: np.ndarray, zeros: np.ndarray, form: 
 
 def store(model: ir.Model, form: Format, ctx: Context, *, keep: Collection[str] = (), samples: int = 32) -> Outcome:
     """Store the weights of the products of ``model`` in ``form``, in place, as the outcome of a pass."""
-    name_nodes(model)
+    name_all_nodes(model)
     chosen: list[ir.Node] = []
     skipped: list[Skip] = []
     for node in model.graph.all_nodes():
         if not g.is_op(node, *PRODUCTS, *NEVER):
             continue
-        why = "asked to stay in float" if node.name in keep else _unsuitable(node, model.graph)
+        why = "asked to stay in float" if node.name in keep else _unsuitable(node)
         if why is None:
             chosen.append(node)
         else:
@@ -151,14 +151,18 @@ def store(model: ir.Model, form: Format, ctx: Context, *, keep: Collection[str] 
             _read(model, node, shared[source], form)
     g.remove_dead(model.graph)
     stats = {"layers": len(chosen) + len(skipped), "stored": len(chosen), "rounded": rounded}
-    # ONNX Runtime merges some products with what follows before it looks for stored weights: those are written out.
-    missed = set(_unmerged(model, chosen, ctx))
     written: dict[ir.Value, list[ir.Value]] = {}
-    for node in chosen:
-        if node in missed:
-            _write_out(model, node, form, written)
+    # ONNX Runtime refuses a model where it finds stored weights for a product in a body outside of that body, and it
+    # merges some products with what follows before it looks for stored weights: both are written out.
+    inside = [node for node in chosen if node.graph is not model.graph]
+    for node in inside:
+        _write_out(model, node, form, written)
     g.remove_dead(model.graph)
-    return Outcome(stats | {"merged_at_load": len(chosen) - len(missed)}, skipped)
+    missed = _unmerged(model, [node for node in chosen if node not in inside], ctx)
+    for node in missed:
+        _write_out(model, node, form, written)
+    g.remove_dead(model.graph)
+    return Outcome(stats | {"merged_at_load": len(chosen) - len(inside) - len(missed)}, skipped)
 
 
 def _unmerged(model: ir.Model, nodes: Sequence[ir.Node], ctx: Context) -> list[ir.Node]:
@@ -214,10 +218,8 @@ def _rows(model: ir.Model, dq: ir.Node, form: Format) -> list[ir.Value]:
     ]
 
 
-def _unsuitable(node: ir.Node, graph: ir.Graph) -> str | None:
+def _unsuitable(node: ir.Node) -> str | None:
     """Why the weight of a product cannot be stored in blocks, or None."""
-    if node.graph is not graph:
-        return "inside a subgraph"
     if not g.is_op(node, "MatMul", "Gemm"):
         return f"{node.op_type} has no kernel for weights in blocks"
     weight = node.inputs[1]

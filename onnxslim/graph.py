@@ -168,13 +168,15 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 def remove_dead(graph: ir.Graph, start: Iterable[ir.Node] | None = None) -> int:
     """Remove nodes whose outputs nobody reads, and initializers nobody reads; returns the number of nodes removed.
 
-    ``start`` restricts the search to these nodes and what feeds them; without it the whole graph is searched.
+    ``start`` restricts the search to these nodes and what feeds them; without it the whole graph is searched, bodies
+    included. What is in the body of a removed node is not counted.
     """
     removed = 0
-    stack = list(graph) if start is None else list(start)
+    gone: set[object] = set()  # bodies of removed nodes
+    stack = list(graph.all_nodes()) if start is None else list(start)
     while stack:
         node = stack.pop()
-        if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+        if node.graph is None or node.graph in gone or any(v.uses() or v.is_graph_output() for v in node.outputs):
             continue
         feeders = [v.producer() for v in node.inputs if v is not None]
         captured = [
@@ -189,6 +191,7 @@ def remove_dead(graph: ir.Graph, start: Iterable[ir.Node] | None = None) -> int:
         for sub_node in _inner_nodes(node):
             for index in range(len(sub_node.inputs)):
                 sub_node.replace_input_with(index, None)
+            gone.add(sub_node.graph)
         node.graph.remove(node, safe=True)
         removed += 1
         stack.extend(p for p in (*feeders, *captured) if p is not None and p.graph is not None)
@@ -229,6 +232,15 @@ def walk(graph: ir.Graph) -> Iterator[ir.Node]:
     for node in graph:
         for body in subgraphs(node):
             yield from walk(body)
+        yield node
+
+
+def in_branches(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Nodes of the graph and of the branches of If nodes, at any depth: what runs at most once, in its order."""
+    for node in graph:
+        if is_op(node, "If"):
+            for branch in subgraphs(node):
+                yield from in_branches(branch)
         yield node
 
 

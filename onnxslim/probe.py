@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim import branch_values, runtime
 from onnxslim import graph as g
-from onnxslim import runtime
 from onnxslim.profiles import CPU, Profile
 from onnxslim.qdq import Plan
 from onnxslim.quantization import QParams, dequantize
@@ -51,6 +51,7 @@ class Local:
         for name in self.products:
             self.inputs[name] = self.owner.get(units[name].inputs[0], units[name].inputs[0])
         clone.graph.outputs.clear()
+        self.results: list[ir.Value] = []
         added: dict[str, tuple[ir.Value, ir.Value]] = {}
         for name in self.products:
             owner = self.inputs[name]
@@ -58,6 +59,7 @@ class Local:
                 added[owner] = _params_inputs(clone.graph, owner, profile.dtype)
             self._branch(clone.graph, units[name], added[owner], weights[name])
         self.owners = list(added)
+        self.names = _give(clone, self.results)
         g.remove_dead(clone.graph)
         self.runner = runtime.load(clone, threads=threads)
 
@@ -65,14 +67,14 @@ class Local:
         self, graph: ir.Graph, unit: Unit, params: tuple[ir.Value, ir.Value], weight: tuple[np.ndarray, QParams]
     ) -> None:
         assert unit.weight is not None
-        node = unit.node
+        node, home = unit.node, unit.node.graph
         inputs = list(node.inputs)
-        assert inputs[0] is not None
+        assert inputs[0] is not None and home is not None
         inputs[0] = _round_trip(graph, node, inputs[0], params)
         inputs[unit.weight[0]] = g.add_constant(graph, f"{unit.name}_weight", dequantize(*weight))
         copy = ir.node(node.op_type, inputs, outputs=[ir.Value(name=g.fresh_name(graph, f"{unit.name}_q"))])
         copy.attributes.update(node.attributes)
-        graph.insert_after(node, copy)
+        home.insert_after(node, copy)
         exact = node.outputs[0]
         error = g.add_node(graph, "Sub", [copy.outputs[0], exact], after=copy, hint=unit.name)
         channels = weight[0].shape[unit.weight[1]]
@@ -85,13 +87,21 @@ class Local:
         for kind, found in (("mean", mean), ("noise", noise), ("signal", signal)):
             found.name = f"{kind}:{unit.name}"
             found.dtype = ir.DataType.FLOAT
-            graph.outputs.append(found)
+            self.results.append(found)
 
     def __call__(self, feeds: Feeds, params: Mapping[str, QParams]) -> dict[str, tuple[float, float, np.ndarray]]:
-        """For each product: squared error, squared norm of the exact result, mean error per channel (channels,)."""
+        """For each product: squared error, squared norm of the exact result, mean error per channel (channels,).
+
+        Products in branches that are not taken are not among them.
+        """
         chosen = {f"{kind}:{o}": v for o, p in params.items() for kind, v in (("s", p.scale), ("z", p.zero_point))}
-        found = runtime.run(self.runner, {**feeds, **chosen})
-        return {n: (float(found[f"noise:{n}"]), float(found[f"signal:{n}"]), found[f"mean:{n}"]) for n in self.products}
+        outputs = runtime.run(self.runner, {**feeds, **chosen})
+        found = {name: outputs[given] for name, given in self.names.items()}
+        return {
+            n: (float(found[f"noise:{n}"]), float(found[f"signal:{n}"]), found[f"mean:{n}"])
+            for n in self.products
+            if found[f"noise:{n}"].size
+        }
 
 
 class Switched:
@@ -108,7 +118,7 @@ class Switched:
         owner = sources(self.units.values())
         graph = clone.graph
         values = {v.name or "": v for v in graph.inputs}
-        values.update((v.name or "", v) for node in graph for v in node.outputs)
+        values.update((v.name or "", v) for node in g.in_branches(graph) for v in node.outputs)
         self.values = stored_values(self.units, plan.chosen)
         self.products = [n for n in self.units if n in plan.chosen and self.units[n].kind is Kind.PRODUCT]
         constants = {o: _constants(graph, o, plan.params[o]) for o in {owner.get(v, v) for v in self.values}}
@@ -124,9 +134,10 @@ class Switched:
             choice = g.add_node(graph, "Where", [switch, dq.outputs[0], value], after=dq, like=value)
             for use in uses:
                 use.node.replace_input_with(use.idx, choice.outputs[0])
-            for index, output in enumerate(graph.outputs):
+            outputs = graph.outputs if value.graph is None else value.graph.outputs
+            for index, output in enumerate(outputs):
                 if output is value:
-                    graph.outputs[index] = choice.outputs[0]
+                    outputs[index] = choice.outputs[0]
         # Outputs may have been renamed: they are read by position.
         for name in self.products:
             self._weight(graph, self.units[name], plan)
@@ -205,6 +216,15 @@ def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) ->
         if error:
             worst = max(worst, error / max(signal, 1e-12))
     return worst if told or not seen else np.inf
+
+
+def _give(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, str]:
+    """Make outputs of ``values`` of the main graph and of branches: the name of the output for each."""
+    inside = [v.name or "" for v in values if v.graph is not model.graph]
+    lifted = branch_values.lift(model, inside)
+    found = {v.name or "": lifted.get(v.name or "", v) for v in values}
+    model.graph.outputs.extend(found.values())
+    return {name: value.name or "" for name, value in found.items()}
 
 
 def _params_inputs(graph: ir.Graph, owner: str, stored: ir.DataType) -> tuple[ir.Value, ir.Value]:

@@ -61,17 +61,18 @@ def insert(model: ir.Model, plan: Plan) -> None:
         if name in plan.chosen and unit.kind is Kind.PRODUCT:
             writer.product(unit)
     if plan.profile.ep == "cpu":
-        _shield(model.graph)
+        _shield(model)
     g.remove_dead(model.graph)
 
 
-def _shield(graph: ir.Graph) -> None:
+def _shield(model: ir.Model) -> None:
     """Keep ONNX Runtime from storing the weights of products that were left in float.
 
     It does so, with one scale for the whole weight, for every Conv, ConvTranspose and Gemm between a DequantizeLinear
     with a scalar scale and a QuantizeLinear. A pair of the same numbers as vectors along the channels is not taken.
     """
-    for node in list(graph):
+    graph = model.graph
+    for node in list(graph.all_nodes()):
         source, weight = (*node.inputs[:2], None, None)[:2]
         if not g.is_op(node, "Conv", "ConvTranspose", "Gemm") or source is None or weight is None:
             continue
@@ -110,7 +111,7 @@ class _Writer:
         self.owner = sources(units.values())
         self.writer, self.readers = connect(units)
         self.values = {v.name or "": v for v in model.graph.inputs}
-        self.values.update((v.name or "", v) for node in model.graph for v in node.outputs)
+        self.values.update((v.name or "", v) for node in g.in_branches(model.graph) for v in node.outputs)
         self.shared: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.stored_weights: dict[tuple[str, int | None], tuple[np.ndarray, QParams, ir.Value]] = {}
 
@@ -126,21 +127,46 @@ class _Writer:
         if written and unit is not None and unit.tail is not None:
             # What is stored saturates at the bounds of the Relu or Clip: the operator feeds the pair directly.
             raw = unit.tail.inputs[0] or value
+        # An integer operator reads a DequantizeLinear of its own graph.
+        readers: dict[ir.Graph, list[tuple[ir.Node, int]]] = {}
+        for node, index in value.uses():
+            if self._takes_stored(node, name):
+                assert isinstance(node.graph, ir.Graph)
+                readers.setdefault(node.graph, []).append((node, index))
         producer = raw.producer()
-        scale, zero = self._constants_of(name)
-        before = list(value.uses())
-        first = self.graph[0] if producer is None else None
-        q = g.add_node(self.graph, "QuantizeLinear", [raw, scale, zero], hint=name, before=first, after=producer)
+        home = self.graph if producer is None else producer.graph
+        assert isinstance(home, ir.Graph)
+        q: ir.Node | None = None
+        if written or home in readers:
+            q = self._quantize(name, raw, value, home)
+            dq = self._dequantize(name, q, value, home)
+            if written:
+                # The pair must be the only reader, or the operator cannot become one integer kernel.
+                g.replace(value, dq.outputs[0])
+                q.replace_input_with(0, raw)
+            for node, index in readers.pop(home, ()):
+                node.replace_input_with(index, dq.outputs[0])
+        for branch, uses in readers.items():
+            # A branch that stores the value for itself does so only when it is taken.
+            dq = self._dequantize(name, q or self._quantize(name, raw, value, branch), value, branch)
+            for node, index in uses:
+                node.replace_input_with(index, dq.outputs[0])
+
+    def _quantize(self, name: str, raw: ir.Value, value: ir.Value, graph: ir.Graph) -> ir.Node:
+        """Store ``raw``, right behind what computes it or at the start of another ``graph``."""
+        producer = raw.producer()
+        after = producer if producer is not None and producer.graph is graph else None
+        inputs = [raw, *self._constants_of(name)]
+        first = graph[0] if after is None else None
+        q = g.add_node(self.graph, "QuantizeLinear", inputs, hint=name, before=first, after=after)
         q.outputs[0].dtype, q.outputs[0].shape = self.plan.profile.dtype, value.shape
-        dq = g.add_node(self.graph, "DequantizeLinear", [q.outputs[0], scale, zero], after=q, hint=name, like=value)
-        if written:
-            # The pair must be the only reader, or the operator cannot become one integer kernel.
-            g.replace(value, dq.outputs[0])
-            q.replace_input_with(0, raw)
-            return
-        for use in before:
-            if self._takes_stored(use.node, name):
-                use.node.replace_input_with(use.idx, dq.outputs[0])
+        return q
+
+    def _dequantize(self, name: str, q: ir.Node, value: ir.Value, graph: ir.Graph) -> ir.Node:
+        """Read back what ``q`` stores, right behind it or at the start of another ``graph``."""
+        inputs = [q.outputs[0], *self._constants_of(name)]
+        first, after = (None, q) if q.graph is graph else (graph[0], None)
+        return g.add_node(self.graph, "DequantizeLinear", inputs, before=first, after=after, hint=name, like=value)
 
     def _takes_stored(self, node: ir.Node, name: str) -> bool:
         return any(r in self.plan.chosen and self.units[r].node is node for r in self.readers.get(name, ()))

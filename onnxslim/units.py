@@ -12,7 +12,18 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from onnxslim.graph import attribute, constant, fresh_name, is_constant, is_op, known_shape, only_user, opset
+from onnxslim.graph import (
+    attribute,
+    constant,
+    fresh_name,
+    in_branches,
+    is_constant,
+    is_op,
+    known_shape,
+    only_user,
+    opset,
+    subgraphs,
+)
 
 
 class Kind(enum.Enum):
@@ -74,13 +85,22 @@ LOWERED = ("HardSigmoid", "HardSwish")
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Give every node of the main graph a name of its own; units are addressed by it."""
+    """Give every node of the main graph a name of its own."""
     _name(model, model.graph)
 
 
 def name_all_nodes(model: ir.Model) -> None:
-    """The same for the nodes of subgraphs too."""
+    """The same for the nodes of subgraphs, and for what they compute; units and their values are addressed by name.
+
+    Two bodies may use one name for different values.
+    """
     _name(model, model.graph.all_nodes())
+    seen = {v.name for node in model.graph for v in node.outputs}
+    for node in model.graph.all_nodes():
+        for value in node.outputs if node.graph is not model.graph else ():
+            if value.name in seen and value.name:
+                value.name = fresh_name(model.graph, value.name)
+            seen.add(value.name)
 
 
 def _name(model: ir.Model, nodes: Iterable[ir.Node]) -> None:
@@ -92,12 +112,20 @@ def _name(model: ir.Model, nodes: Iterable[ir.Node]) -> None:
 
 
 def find_units(model: ir.Model) -> tuple[dict[str, Unit], dict[str, str]]:
-    """Units of the main graph by name in the order of the graph, and products that cannot be one with the reason."""
+    """Units by name in the order of the graph, and products that cannot be one with the reason.
+
+    Units are in the main graph and in the branches of If nodes. What is in the body of a Loop or Scan is computed many
+    times, and nobody sees its values.
+    """
     units: dict[str, Unit] = {}
     reasons: dict[str, str] = {}
     version = opset(model)
-    for node in model.graph:
+    for node in in_branches(model.graph):
         name = node.name or ""
+        if node.graph is not model.graph and any(v.dtype is None for v in node.outputs if v.name):
+            if is_op(node, *PRODUCTS, *NEVER):
+                reasons[name] = "the type of its result is not known, in a branch where it cannot be looked at"
+            continue
         if is_op(node, *PRODUCTS):
             found = _product(node)
             if isinstance(found, str):
@@ -114,14 +142,13 @@ def find_units(model: ir.Model) -> tuple[dict[str, Unit], dict[str, str]]:
                 units[name] = unit
         elif is_op(node, *_BINARY, *_UNARY, *LOWERED, "Concat") and (unit := _glue(node)):
             units[name] = unit
-    for outer in model.graph:
-        for attr in outer.attributes.values():
-            if attr.type == ir.AttributeType.GRAPH:
-                for node in attr.as_graph().all_nodes():
-                    if is_op(node, *PRODUCTS, *NEVER):
-                        reasons[node.name or f"{node.op_type} in {outer.name}"] = (
-                            f"inside a subgraph of {outer.op_type}"
-                        )
+    for outer in in_branches(model.graph):
+        for body in () if is_op(outer, "If") else subgraphs(outer):
+            for node in body.all_nodes():
+                if is_op(node, *PRODUCTS, *NEVER):
+                    reasons[node.name or f"{node.op_type} in {outer.name}"] = (
+                        f"in the body of a {outer.op_type}, where no ranges are seen"
+                    )
     return units, reasons
 
 
@@ -186,7 +213,7 @@ def _product(node: ir.Node) -> Unit | str:
 def row_bias(value: ir.Value, width: int | None) -> ir.Node | None:
     """The Add of a constant row (width,) that alone reads ``value``."""
     node = only_user(value)
-    if not is_op(node, "Add") or node is None or not isinstance(node.graph, ir.Graph):
+    if not is_op(node, "Add") or node is None or node.graph is not value.graph:
         return None
     other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
     return node if is_constant(other) and known_shape(other) == (width,) else None

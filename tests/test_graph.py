@@ -146,6 +146,19 @@ def test_dead_code_goes_with_its_weights_and_bodies() -> None:
     assert np.array_equal(_run(model, c=np.array(True))["y"], X + 1)
 
 
+def test_dead_code_in_a_body_goes_with_its_weights() -> None:
+    model = _load("""g (float[3, 4] x, bool c) => (float[3, 4] y) <float[4] w = {1, 2, 3, 4}> {
+        a = Relu(x)
+        y = If (c) <then_branch = t () => (p) { u = Add(a, w) v = Abs(u) p = Neg(x) }, else_branch = e () => (q) {
+            q = If (c) <then_branch = f () => (r) { r = Abs(x) s = Neg(x) }, else_branch = h () => (o) { o = Relu(x) }>
+        }>
+    }""")
+    assert g.remove_dead(model.graph) == 4
+    assert sorted(node.op_type for node in model.graph.all_nodes()) == ["Abs", "If", "If", "Neg", "Relu"]
+    assert not model.graph.initializers
+    assert np.array_equal(_run(model, c=np.array(True))["y"], -X)
+
+
 def test_what_a_body_reads_is_alive() -> None:
     model = _load("""g (float[3, 4] x, bool c) => (float[3, 4] y) <float[4] w = {1, 2, 3, 4}> {
         a = Relu(x)

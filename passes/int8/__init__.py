@@ -18,7 +18,7 @@ from onnxslim.passes.int8.accuracy import Judge
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.saturation import saturates_here
-from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_nodes
+from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Int8(Pass):
     layers where this leaves the function as it is, and biases absorb the mean error of their layer afterwards.
 
     Layers go back to float until the outputs of held-out samples keep the fidelity asked for, and wherever int8 is
-    measured slower. Without calibration data nothing is done: static ranges would be guesses.
+    measured slower. Without calibration data nothing is done: static ranges would be guesses. For the same reason what
+    is in the branch of an If stays in float where no sample takes the branch, and so does the body of a Loop or Scan.
 
     Options:
         fidelity: share of the variance of each output that must survive, measured on held-out samples: 1 minus squared
@@ -76,11 +77,12 @@ class Int8(Pass):
         if blocked is not None or not layers:
             return _nothing(layers, dict.fromkeys(layers, blocked or ""))
         draft = model.clone()
+        name_all_nodes(draft)
         guessed = observe_ranks(draft, ctx.calibration, ctx)
         reason = raise_opset(draft, 13)
         if reason is not None:
             return _nothing(layers, dict.fromkeys(layers, reason))
-        name_nodes(draft)
+        name_all_nodes(draft)  # those that came with the operator set
         layers = _layers(draft)
         units, reasons = find_units(draft)
         reasons.update({n: "asked to stay in float" for n in self.keep if n in units})
@@ -93,7 +95,11 @@ class Int8(Pass):
         changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize else {}
         portable = saturates_here() if self.portable is None else self.portable
         ready = survey(draft, wanted, fitting, ctx, per_channel=self.per_channel, profile=profile, portable=portable)
-        reasons.update({n: "its input or result had no finite value" for n in wanted if n not in ready.products})
+        for name in (n for n in wanted if n not in ready.products):
+            inside = units[name].node.graph is not draft.graph
+            reasons[name] = "its input or result had no finite value" + (
+                ": no sample takes the branch it is in" if inside else ""
+            )
         products, figures = self._search(draft, ready, held_out, ctx, reasons, timed)
         if not products:
             return _nothing(layers, reasons, figures)

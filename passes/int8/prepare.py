@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim import calibration, cost, ranges, runtime
+from onnxslim import branch_values, calibration, cost, ranges, runtime
 from onnxslim.calibration import Histogram
 from onnxslim.contract import Context
 from onnxslim.data import Data
-from onnxslim.graph import constant
+from onnxslim.graph import constant, in_branches
 from onnxslim.probe import Local
 from onnxslim.profiles import CPU, Profile
 from onnxslim.qdq import Plan
@@ -127,16 +127,17 @@ def _reads(units: Mapping[str, Unit]) -> list[tuple[str, str]]:
 
 
 def _values(model: ir.Model) -> list[ir.Value]:
-    return [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    return [*model.graph.inputs, *(v for node in in_branches(model.graph) for v in node.outputs)]
 
 
 def observe_ranks(model: ir.Model, data: Data, ctx: Context) -> list[str]:
-    """Give values of the main graph whose type or rank does not follow from the inputs those that one sample shows.
+    """Give values whose type or rank does not follow from the inputs those that one sample shows.
 
     Returns the names of the values without a rank; `forget_ranks` undoes it, because the rank may differ for other
-    inputs. Types may not: behind an operator of another domain they stay.
+    inputs. Types may not: behind an operator of another domain they stay. In branches only ranks can be seen.
     """
     values = [v for node in model.graph for v in node.outputs if v.name and v.uses()]
+    values += [v for v, _ in branch_values.visible(model) if v.uses()]
     unknown = [v.name for v in values if v.name and v.shape is None]
     untyped = {v.name for v in values if v.type is None}
     if not unknown and not untyped:
@@ -149,6 +150,8 @@ def observe_ranks(model: ir.Model, data: Data, ctx: Context) -> list[str]:
         array = seen.get(value.name or "")
         if not isinstance(array, np.ndarray):  # a sequence
             continue
+        if value.graph is not model.graph and not array.size:  # in a branch that is not taken
+            continue
         if value.shape is None:
             value.shape = ir.Shape([None] * array.ndim)
         if value.name in untyped and array.dtype.kind in "fiub":
@@ -158,7 +161,7 @@ def observe_ranks(model: ir.Model, data: Data, ctx: Context) -> list[str]:
 
 def forget_ranks(model: ir.Model, names: Collection[str]) -> None:
     """Remove the shapes that `observe_ranks` wrote."""
-    for node in model.graph:
+    for node in in_branches(model.graph):
         for value in node.outputs:
             if value.name in names:
                 value.shape = None
@@ -195,11 +198,15 @@ def _compare(
     methods: dict[str, int] = {}
     winner: dict[str, str] = {}
     for owner in local.owners:
+        if not any((owner, kind) in errors for kind in options[owner]):  # in a branch that no sample takes
+            continue
         best = min(options[owner], key=lambda kind: errors[owner, kind])
         winner[owner], params[owner] = best, options[owner][best]
         methods[best] = methods.get(best, 0) + 1
     shift = {}
     for name in products:
+        if (name, winner.get(local.inputs[name])) not in means:
+            continue
         seen = np.array(means[name, winner[local.inputs[name]]], np.float64)
         mean, doubt = seen.mean(0), seen.var(0) / len(seen)
         shift[name] = -mean * np.square(mean) / (np.square(mean) + doubt + 1e-30)

@@ -119,6 +119,9 @@ def test_inside_a_subgraph() -> None:
     small, outcome = apply(model, DynamicInt8(measure=False))
     assert outcome.stats["int8_layers"] == 2
     assert 0 < gap(model, small) < 0.03
+    # The float products are gone, and their weights with them.
+    assert not [n for n in runtime.optimized(small).graph.all_nodes() if n.op_type == "MatMul"]
+    assert model_io.weight_bytes(small) < 0.35 * model_io.weight_bytes(model)
 
 
 def test_layers_that_are_slower_stay_and_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
