@@ -21,6 +21,7 @@ from onnxslim.lookups import replace_lookup
 from onnxslim.narrow import narrow_values
 from onnxslim.noops import unchanged
 from onnxslim.pairs import merge_pair
+from onnxslim.parts import move_through_parts
 from onnxslim.shapes import Shapes
 from onnxslim.sharing import deduplicate_initializers, merge_equal_nodes
 from onnxslim.sizes import Rebuilder
@@ -42,7 +43,8 @@ class Simplify(Pass):
     Shape, Gather, Concat and arithmetic become constants; what depends on weights alone is computed (unless storing it
     would make the file larger); nodes that change nothing, repeat another node or are read by nobody go; equal weights
     are stored once. Chains of Reshape and Transpose become three nodes at most; masks are computed no wider than needed
-    and looked up without index tensors that only count. Inputs, outputs, their names, types and symbolic sizes stay.
+    and looked up without index tensors that only count; what all parts of a Split go through is done in front of it.
+    Inputs, outputs, their names, types and symbolic sizes stay.
     """
 
     name: ClassVar[str] = "simplify"
@@ -85,6 +87,7 @@ class _Run:
         self.stats["narrowed"] += narrow_values(self.model, shapes)
         self.stats["sizes_rebuilt"] += Rebuilder(self.model, shapes).run()
         self.stats["slices_split"] += split_slices(self.model, shapes)
+        self.stats["parts_joined"] += move_through_parts(self.model, shapes)
         self.stats["layouts_saved"] += remove_changes(self.model, shapes)
         for value, (kind, shape) in zip(self.model.graph.outputs, signature, strict=True):
             value.type, value.shape = kind, shape
