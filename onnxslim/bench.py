@@ -208,7 +208,7 @@ class _Lane:
                 f"{self.ep.label}: the machine became {compared.drift:.2f}x as fast while measuring (throttling, or "
                 "other work): the ratios hold, since all ran in turn, the milliseconds are between"
             )
-        waited = float(sum(w.sum() for w in self._waited) / sum((b + w).sum() for b, w in self._pairs()))
+        waited = float(sum(w.sum() for w in self._waited) / sum(np.nansum(b + w) for b, w in self._pairs()))
         if max(compared.disturbed, waited) > 0.1:
             self.notes.append(
                 f"{self.ep.label}: other work disturbed {compared.disturbed:.0%} of the passes"

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxslim import custom_ops, stages, timing, worker
+from onnxslim import custom_ops, rounds, stages, timing, worker
 from onnxslim import model as model_io
 from onnxslim.eps import PACKAGES, Ep
 from onnxslim.eps import PROVIDERS as PROVIDERS
@@ -287,7 +287,7 @@ def compare_models(
         single = [threads == 1 and ep == "cpu"] * len(makers)
 
         def measured(least_seconds: float) -> list[list[float]]:
-            return worker.block(makers, least_seconds, rng, single=single, least=_FEWEST_ROUNDS)["rounds"]
+            return rounds.block(makers, least_seconds, rng, single=single, least=_FEWEST_ROUNDS)["rounds"]
 
         start = time.perf_counter()
         blocks = [measured(0.0)]

@@ -1,9 +1,11 @@
 """What measured rounds say: medians, ratios with intervals that hold, and how quiet the machine was.
 
-Rounds come in blocks (`onnxslim.worker.block`). Within a block every model runs once per round, so that a round
+Rounds come in blocks (`onnxslim.rounds.block`). Within a block every model runs once per round, so that a round
 compares passes of the same instant; each block makes its sessions anew, because two sessions of one file differ by more
 than the rounds of a session do. A block therefore counts as *one* independent observation of log(first / other), the
-median over its rounds, and the interval of the ratio is that of the centre of these observations:
+median over its rounds, and the interval of the ratio is that of the centre of these observations. A pass that is nan
+was disturbed and does not count; where there are such, the observation compares the medians of the passes that do.
+The centre:
 
 * from 8 blocks on by inverting Wilcoxon's signed-rank test: pairs of blocks are averaged (Walsh averages), and the
   interval runs from the k-th smallest to the k-th largest. It assumes nothing about the noise but symmetry; its exact
@@ -32,7 +34,7 @@ _DISTURBED = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one forward pass: median, 10th and 90th percentile, number of runs."""
+    """Milliseconds of one forward pass: median, 10th and 90th percentile, number of runs that count."""
 
     median: float
     p10: float
@@ -44,7 +46,8 @@ class Latency:
 class Comparison:
     """Latencies of several models measured in turn, and each one's speed over the first with its interval.
 
-    ``disturbed`` is the share of passes that took over 1.5 times their model's median: what other processes did.
+    ``disturbed`` is the share of passes that are nan or took over 1.5 times their model's median: what other processes
+    did.
     ``drift`` is the speed of the last blocks over that of the first (0.8: the machine became a quarter slower, as a
     processor does that is throttled), 1 where that is within noise.
     """
@@ -72,19 +75,21 @@ def plan_blocks(load_seconds: float, seconds: float) -> int:
 
 
 def compare(blocks: Sequence[np.ndarray]) -> Comparison:
-    """Compare the models of ``blocks``, two of them at least, each (rounds, models) in ms."""
+    """Compare the models of ``blocks``, two of them at least, each (rounds, models) in ms; some of each are not nan."""
     tables = [np.asarray(b, np.float64) for b in blocks]
-    together = np.concatenate(tables)
+    columns = [c[~np.isnan(c)] for c in np.concatenate(tables).T]
     latency = [
-        Latency(float(np.median(c)), float(np.percentile(c, 10)), float(np.percentile(c, 90)), len(c))
-        for c in together.T
+        Latency(float(np.median(c)), float(np.percentile(c, 10)), float(np.percentile(c, 90)), len(c)) for c in columns
     ]
+    medians = [np.nanmedian(t, axis=0) for t in tables]
+    # Written so that nan, of which no comparison holds, is disturbed.
+    quiet = [(t <= _DISTURBED * middle).ravel() for t, middle in zip(tables, medians, strict=True)]
     ratios = [ratio([t[:, 0] for t in tables], [t[:, k] for t in tables]) for k in range(len(latency))]
     return Comparison(
         latency,
         [speedup for speedup, _ in ratios],
         [interval for _, interval in ratios],
-        disturbed=float(np.mean(np.concatenate([(t > _DISTURBED * np.median(t, axis=0)).ravel() for t in tables]))),
+        disturbed=1 - float(np.mean(np.concatenate(quiet))),
         drift=_drift(tables),
         blocks=len(tables),
     )
@@ -93,16 +98,16 @@ def compare(blocks: Sequence[np.ndarray]) -> Comparison:
 def ratio(first: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, tuple[float, float]]:
     """The speed of ``other`` over ``first`` and its interval, from the passes (ms) of each in the same blocks.
 
-    Blocks with as many passes of both are taken to be rounds, and compared round by round.
+    Blocks with as many passes of both, none of them nan, are taken to be rounds, and compared round by round.
     """
-    logs = np.array(
-        [
-            np.median(np.log(a / b)) if len(a) == len(b) else np.log(np.median(a) / np.median(b))
-            for a, b in zip(first, other, strict=True)
-        ]
-    )
+    logs = np.array([_observation(np.asarray(a), np.asarray(b)) for a, b in zip(first, other, strict=True)])
     middle, (low, high) = centre(logs)
     return float(np.exp(middle)), (float(np.exp(low)), float(np.exp(high)))
+
+
+def _observation(first: np.ndarray, other: np.ndarray) -> float:
+    rounds = len(first) == len(other) and not np.isnan(first + other).any()
+    return float(np.median(np.log(first / other)) if rounds else np.log(np.nanmedian(first) / np.nanmedian(other)))
 
 
 def centre(values: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -137,7 +142,7 @@ def _drift(tables: Sequence[np.ndarray]) -> float:
         return 1.0
     from scipy import stats
 
-    times = np.array([np.median(np.log(t)) for t in tables])
+    times = np.array([np.nanmedian(np.log(t)) for t in tables])
     if stats.kendalltau(np.arange(len(times)), times).pvalue > 1 - CONFIDENCE:
         return 1.0
     return float(np.exp(np.median(times[:third]) - np.median(times[-third:])))

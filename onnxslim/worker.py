@@ -1,9 +1,9 @@
-"""Measures models in the interpreter that has the execution provider: run by path, needs onnxruntime and numpy only.
+"""Measures models in the interpreter that has the execution provider: copied there, needs onnxruntime and numpy only.
 
 `onnxruntime`, `onnxruntime-gpu` and `onnxruntime-openvino` cannot live in one environment. This file is therefore
-started as ``/their/python worker.py``, and it imports nothing of onnxslim. Requests and answers are lines of JSON on
-stdin and stdout; arrays travel as ``.npz`` files. A request is ``{"do": NAME, ...}`` with the arguments of the method
-`Worker.NAME`; an answer is ``{"ok": RESULT}``, or ``{"error": TEXT}`` on one line.
+copied with `rounds` and started as ``/their/python -m PACKAGE.worker``; it imports nothing else of onnxslim. Requests
+and answers are lines of JSON on stdin and stdout; arrays travel as ``.npz`` files. A request is ``{"do": NAME, ...}``
+with the arguments of the method `Worker.NAME`; an answer is ``{"ok": RESULT}``, or ``{"error": TEXT}`` on one line.
 
 ``ep`` in a request says how sessions are made:
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import collections
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -39,29 +38,9 @@ from typing import Any
 
 import numpy as np
 
-Call = Callable[[int], Any]
+from .rounds import Call, block
+
 _FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
-# Warming up ends when three passes in a row are not faster than the three before them by this share.
-_SETTLED, _WINDOW, _MOST_WINDOWS = 0.05, 3, 8
-
-
-def warm_up(call: Call, seconds: float = 1.0) -> list[float]:
-    """Run until the time of a pass no longer falls, for at most ``seconds`` (but two passes): ms of each."""
-    spent: list[float] = []
-    stop = time.perf_counter() + seconds
-    best = float("inf")
-    for _ in range(_MOST_WINDOWS):
-        for k in range(_WINDOW):
-            start = time.perf_counter()
-            call(k)
-            spent.append(1e3 * (time.perf_counter() - start))
-            if len(spent) > 1 and time.perf_counter() > stop:
-                return spent
-        window = statistics.median(spent[-_WINDOW:])
-        if window > best * (1 - _SETTLED):
-            break
-        best = min(best, window)
-    return spent
 
 
 def fitted(inputs: Sequence[Any], feed: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,86 +55,6 @@ def fitted(inputs: Sequence[Any], feed: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_float(array: Any, kind: Any) -> bool:
     return isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.dtype != kind
-
-
-def waiting() -> float:
-    """Milliseconds that this thread, ready to run, has waited for a core so far; 0 where the system does not tell."""
-    try:
-        with open("/proc/thread-self/schedstat", "rb") as file:  # noqa: PTH123 twice for every pass
-            return int(file.read().split()[1]) / 1e6
-    except (OSError, IndexError):
-        return 0.0
-
-
-def interleave(
-    calls: Sequence[Call],
-    seconds: float,
-    rng: random.Random,
-    *,
-    single: Sequence[bool] = (),
-    least: int = 8,
-    most: int = 400,
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Milliseconds of one pass of every call, round by round, in an order drawn anew each round.
-
-    The k-th round runs ``call(k)``; rounds go on for ``seconds``, at least ``least`` and at most ``most`` of them.
-    Where ``single`` says that a call works in this thread alone, the time that the thread waited for a core while
-    others held it is no time of the model: the second table has it, and the first is without it. (With several threads
-    one may wait while another works, and what of it is lost cannot be told.)
-    """
-    rounds: list[list[float]] = []
-    waits: list[list[float]] = []
-    order = list(range(len(calls)))
-    stop = time.perf_counter() + seconds
-    while len(rounds) < least or (time.perf_counter() < stop and len(rounds) < most):
-        row, waited = [0.0] * len(calls), [0.0] * len(calls)
-        rng.shuffle(order)
-        for i in order:
-            alone = bool(single) and single[i]
-            before = waiting() if alone else 0.0
-            start = time.perf_counter()
-            calls[i](len(rounds))
-            spent = 1e3 * (time.perf_counter() - start)
-            waited[i] = min(waiting() - before, 0.99 * spent) if alone else 0.0
-            row[i] = spent - waited[i]
-        rounds.append(row)
-        waits.append(waited)
-    return rounds, waits
-
-
-def block(
-    makers: Sequence[Callable[[], Call]],
-    seconds: float,
-    rng: random.Random,
-    *,
-    single: Sequence[bool] = (),
-    least: int = 8,
-) -> dict[str, list[Any]]:
-    """Make all calls anew, in a random order, warm them up and run them in turn.
-
-    ``rounds`` and ``waited`` are those of `interleave`, ``load_ms`` and ``first_ms`` the time to make each call and of
-    its first pass. What a new session draws by chance (where its memory lies) is drawn anew with each block.
-    """
-    calls: list[Call | None] = [None] * len(makers)
-    load, first = [0.0] * len(makers), [0.0] * len(makers)
-    order = list(range(len(makers)))
-    rng.shuffle(order)
-    for i in order:
-        start = time.perf_counter()
-        calls[i] = makers[i]()
-        load[i] = 1e3 * (time.perf_counter() - start)
-    made = [call for call in calls if call is not None]
-    for i in order:
-        first[i] = warm_up(made[i])[0]
-    # The collector of cyclic garbage would run in the middle of somebody's pass.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        rounds, waited = interleave(made, seconds, rng, single=single, least=least)
-    finally:
-        if collecting:
-            gc.enable()
-    return {"rounds": rounds, "waited": waited, "load_ms": load, "first_ms": first}
 
 
 class Session:

@@ -18,7 +18,8 @@ from onnxslim import custom_ops
 from onnxslim.eps import Ep
 from onnxslim.errors import ModelError, UsageError
 
-_SOURCE = Path(__file__).with_name("worker.py")
+# What the other interpreter gets, as a package.
+_PACKAGE, SOURCES = "onnxslim_worker", ("worker.py", "rounds.py")
 
 
 class MissingError(UsageError):
@@ -37,13 +38,14 @@ class Process:
         self.python = python
         self.request = {**ep.request(), "custom_ops": list(custom_ops.libraries())}
         # From a folder of its own: beside this file the names of our modules would hide those of the library.
-        script = folder / "worker.py"
-        if not script.exists():
-            shutil.copyfile(_SOURCE, script)
+        if not (folder / _PACKAGE).exists():
+            (folder / _PACKAGE).mkdir()
+            for name in SOURCES:
+                shutil.copyfile(Path(__file__).with_name(name), folder / _PACKAGE / name)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 lives as long as the process
         try:
             self._process = subprocess.Popen(
-                [python, str(script)],
+                [python, "-m", f"{_PACKAGE}.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
