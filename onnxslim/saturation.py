@@ -2,7 +2,7 @@
 
 Their kernels for u8 x s8 multiply two neighbouring inputs with their weights and add the two products in a signed
 16-bit number, which saturates. Neighbours are input channels at one place of the window of a Conv, and rows of the
-weight of a Gemm or MatMul. Depthwise convolutions have kernels of their own, which add in 32 bits.
+weight of a Gemm or MatMul. Convolutions with one filter per channel have kernels of their own, which add in 32 bits.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def neighbours(node: ir.Node, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """
     width = int(np.prod(shape)) // shape[axis]
     channels = shape[1] if node.op_type == "Conv" else width
-    if channels == 1 and int(attribute(node, "group", 1)) > 1:  # depthwise
+    if channels == 1 and int(attribute(node, "group", 1)) == shape[0] > 1:  # one filter per channel: depthwise
         return np.zeros((0, 2), np.int64)
     order = np.arange(width).reshape(channels, width // channels).T.reshape(-1)
     return order[: len(order) // 2 * 2].reshape(-1, 2)

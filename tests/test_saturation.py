@@ -85,3 +85,9 @@ def test_depthwise_convolutions_have_other_kernels() -> None:
     stored = np.full((4, 1, 3, 3), 127, np.int8)
     model = build("Conv", stored.astype(np.float32), [1, 4, 5, 5], group=4)
     assert check(model, stored, 0, np.full((1, 4, 5, 5), 255, np.float32)) == []
+
+
+def test_two_filters_per_channel_have_no_kernel_of_their_own() -> None:
+    stored = np.full((8, 1, 3, 3), 127, np.int8)
+    model = build("Conv", stored.astype(np.float32), [1, 4, 5, 5], group=4)
+    assert check(model, stored, 0, np.full((1, 4, 5, 5), 255, np.float32)) == ["layer"]
