@@ -1,6 +1,6 @@
 """Measures what the README shows, and writes its tables and its picture from the result.
 
-    python bench/readme.py --run [NAME ...]     measure (bench/zoo.py with --json), then write; 10 to 30 minutes a model
+    python bench/readme.py --run [NAME ...]     measure (bench/zoo.py with --json), then write; 1 to 30 minutes a model
     python bench/readme.py                      write them again from docs/measured.json
     python bench/readme.py --from FILE          take the rows of a result of bench/zoo.py, then write
     python bench/readme.py --check              exit with 1 where they are not what would be written
@@ -191,18 +191,37 @@ def load() -> list[Facts]:
 
 
 def main(arguments: list[str]) -> int:
-    """Carry out the command line."""
+    """Carry out the command line; 1 when a file could not be made or, with --check, is not what it should be."""
     parser = argparse.ArgumentParser(
         prog="bench/readme.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--run", nargs="*", metavar="NAME", choices=[*MODELS, []], help="measure first; default: all")
+    what.add_argument("--run", nargs="*", metavar="NAME", help=f"measure first: {', '.join(MODELS)}; default: all")
     what.add_argument("--from", dest="source", type=Path, metavar="FILE", help="a result of bench/zoo.py --json")
     what.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--passes", default="; ".join(RECIPES), metavar="LIST", help="of --run, as for bench/zoo.py")
     options = parser.parse_args(arguments)
+    unknown = [name for name in options.run or () if name not in MODELS]
+    if unknown:
+        parser.error(f"--run: the README has no model {unknown[0]!r}: there are {', '.join(MODELS)}")
+    try:
+        return update(options)
+    except zoo.BenchError as error:
+        print(f"readme: {error}", file=sys.stderr)
+        return 2
+
+
+def update(options: argparse.Namespace) -> int:
+    """Measure or read what is asked for, write what follows from it, and return the exit code.
+
+    Raises:
+        bench.zoo.BenchError: the result to read is not one, or a recipe has no place.
+    """
     rows, code = load(), 0
     if options.run is not None:
+        strange = [recipe for recipe in zoo.recipes(options.passes) if recipe not in RECIPES]
+        if strange:
+            raise zoo.BenchError(f"the README shows no {strange[0]!r}: there are {'; '.join(RECIPES)}")
         with tempfile.TemporaryDirectory(prefix="onnxslim-readme-") as folder:
             options.source = Path(folder) / "result.json"
             names = options.run or list(MODELS)

@@ -6,18 +6,18 @@ nothing was written; 123 a defect of onnxslim, and a folder ``repro`` holds what
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from onnxslim.console import message, out
-from onnxslim.errors import OnnxslimError, UsageError
+from onnxslim.errors import OnnxslimError
+from onnxslim.outputs import Outputs, write
 
 DEFAULT = "optimize"
 
@@ -73,6 +73,16 @@ def _shapes(ctx: click.Context, parameter: click.Parameter, values: tuple[str, .
         if not equals or not name or any(size < 0 for size in found[name]):
             raise click.BadParameter(f"{text!r}: give NAME=1,3,224,224", ctx, parameter)
     return found
+
+
+class _Finite(click.FloatRange):
+    """A number within bounds; nan is within none, though no comparison says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
 
 
 _THREADS = click.option(
@@ -162,7 +172,8 @@ def optimize_command(
     json_to: str | None,
 ) -> int:
     """Optimize IN and write OUT."""
-    _check_target(source, target_path, json_to, page_to)
+    outputs = Outputs(json_to, page=page_to, model=target_path)
+    outputs.check([source], calib, evaluation)
     from onnxslim import bench, eps
     from onnxslim.api import optimize
     from onnxslim.console import Bars
@@ -181,58 +192,11 @@ def optimize_command(
         result.report.bench += bench.entries(facts)
         result.report.warnings += facts["warnings"]
     if page_to is not None:
-        page_to.write_text(result.report.to_html(f"{source.name} → {target_path.name}"), encoding="utf-8")
-    _show(result.report.to_json(), result.report.table(), json_to)
+        write(page_to, result.report.to_html(f"{source.name} → {target_path.name}"))
+    outputs.show(result.report.to_json(), result.report.table())
     if result.exit_code:
         message(f"onnxslim: {result.report.warnings[0]}")
     return result.exit_code
-
-
-def _check_target(source: Path, target: Path, json_to: str | None, page_to: Path | None) -> None:
-    """Find out before the work that the result could not be written."""
-    if not source.is_file():
-        raise UsageError(f"{source}: {'is a folder, not an ONNX file' if source.is_dir() else 'no such file'}")
-    report = [Path(json_to)] if json_to is not None and json_to != "-" else []
-    report += [page_to] if page_to is not None else []
-    if len({path.absolute() for path in (target, *report)}) <= len(report):
-        raise UsageError(f"{target}: the model and every report need a file of their own")
-    for path in (target, *report):
-        if path.exists() and path.samefile(source):
-            raise UsageError(f"{path}: is the input, which is never touched; give another name")
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; give a file name")
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"{path}: the folder {path.parent} does not exist")
-
-
-def _show(json_text: str, table: Any, json_to: str | None, sheets: Any = (), outputs: _Outputs | None = None) -> None:
-    """Each view where it was asked for; what goes to a file leaves the table on stdout."""
-    from onnxslim import sheet
-
-    wanted: list[tuple[str | None, Callable[[], str]]] = [(json_to, lambda: json_text + "\n")]
-    if outputs is not None:
-        wanted += [
-            (outputs.csv, lambda: sheet.csv_text(sheets)),
-            (outputs.markdown, lambda: sheet.markdown_text(sheets)),
-        ]
-    if sum(place == "-" for place, _ in wanted) > 1:
-        raise UsageError("--json, --csv and --markdown: only one of them can go to stdout; give the others a file")
-    for place, text in wanted:
-        if place is not None and place != "-":
-            Path(place).write_text(text())
-    for place, text in wanted:
-        if place == "-":
-            click.echo(text(), nl=False)
-            return
-    out().print(table)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Outputs:
-    """Where CSV and Markdown go: ``-`` for stdout, a file, or None."""
-
-    csv: str | None
-    markdown: str | None
 
 
 def _views(command: Any) -> Any:
@@ -268,18 +232,18 @@ def inspect(
     markdown_to: str | None,
 ) -> None:
     """Inputs, outputs, parameters, MACs, bytes and activations of a model."""
+    outputs = Outputs(json_to, csv_to, markdown_to)
+    outputs.check([model])
     from onnxslim import inspection, pages
 
     if prunable:
         from onnxslim import prunable as groups
 
         found = groups.facts(model, shapes)
-        outputs = _Outputs(csv_to, markdown_to)
-        _show(pages.to_json(found), groups.table(found), json_to, groups.sheets(found), outputs)
+        outputs.show(pages.to_json(found), groups.table(found), groups.sheets(found))
         return
     facts = inspection.inspect(model, shapes, ep)
-    outputs = _Outputs(csv_to, markdown_to)
-    _show(pages.to_json(facts), inspection.table(facts, nodes), json_to, inspection.sheets(facts, nodes), outputs)
+    outputs.show(pages.to_json(facts), inspection.table(facts, nodes), inspection.sheets(facts, nodes))
 
 
 @cli.command()
@@ -287,7 +251,7 @@ def inspect(
 @click.argument("other", type=_FILE)
 @click.option("--data", metavar="DATA", help="Samples, as for --calib; without them inputs are generated.")
 @click.option("--metric", metavar="NAME", help="Measure a metric of both as well.")
-@click.option("--max-error", type=click.FloatRange(min=0), help="Exit with 1 if the relative L2 error is larger.")
+@click.option("--max-error", type=_Finite(min=0), help="Exit with 1 if the relative L2 error is larger.")
 @click.option("--layers", "by_layer", is_flag=True, help="Compare layer by layer too: where does the error come in?")
 @_CUSTOM_OPS
 @_SHAPE
@@ -309,14 +273,15 @@ def compare(
     markdown_to: str | None,
 ) -> int:
     """How far the outputs of OTHER are from those of ORIGINAL."""
+    outputs = Outputs(json_to, csv_to, markdown_to)
+    outputs.check([original, other], data)
     from onnxslim import comparison, pages
     from onnxslim.console import Bars
 
     facts = comparison.compare(
         original, other, data, metric, shapes, threads=threads, seed=seed, progress=Bars(), by_layer=by_layer
     )
-    outputs = _Outputs(csv_to, markdown_to)
-    _show(pages.to_json(facts), comparison.table(facts), json_to, comparison.sheets(facts), outputs)
+    outputs.show(pages.to_json(facts), comparison.table(facts), comparison.sheets(facts))
     for line in facts["warnings"]:
         message(f"onnxslim: {line}")
     too_far = max_error is not None and facts["fidelity"]["relative_l2"] > max_error
@@ -326,7 +291,7 @@ def compare(
 def _numbers(least: int) -> Any:
     def read(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int]:
         try:
-            found = [int(word) for word in text.split(",")] if text else []
+            found = [int(word) for word in text.split(",")] if text is not None else []
         except ValueError:
             found = [least - 1]
         if any(number < least for number in found) or len(set(found)) < len(found):
@@ -344,7 +309,7 @@ def _numbers(least: int) -> Any:
 )  # fmt: skip
 @click.option("--data", metavar="DATA", help="Samples, as for --calib; without them inputs are generated.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True,
+    "--seconds", type=_Finite(min=0.1), default=5.0, show_default=True,
     help="How long to measure on each provider, loading and warming up apart.",
 )  # fmt: skip
 @click.option("--threads", default="0", callback=_numbers(0), metavar="N,...", help="Threads; 0: the runtime's choice.")
@@ -375,22 +340,24 @@ def bench(
     'bench compare OLD.json NEW.json' compares two results kept with --json. Exit code 1: something asked for could not
     be measured.
     """
+    outputs = Outputs(json_to, csv_to, markdown_to)
     from onnxslim import bench as measuring
     from onnxslim import pages
     from onnxslim.console import Bars
 
-    outputs = _Outputs(csv_to, markdown_to)
     if str(models[0]) == "compare" and not models[0].exists():
         from onnxslim import bench_runs
 
+        outputs.check([], *map(str, models[1:]))
         facts = bench_runs.compare(models[1:])
-        _show(pages.to_json(facts), bench_runs.table(facts), json_to, bench_runs.sheets(facts), outputs)
+        outputs.show(pages.to_json(facts), bench_runs.table(facts), bench_runs.sheets(facts))
         return int(facts["slower"] > 0)
+    outputs.check(models, data)
     facts = measuring.run(
         models, ep, data, shapes, seconds=seconds, threads=threads, batches=batches, seed=seed, profile=profile,
         progress=Bars(),
     )  # fmt: skip
-    _show(pages.to_json(facts), measuring.table(facts), json_to, measuring.sheets(facts), outputs)
+    outputs.show(pages.to_json(facts), measuring.table(facts), measuring.sheets(facts))
     for entry in facts["missing"]:
         message(f"onnxslim: {entry['reason']}")
     return int(bool(facts["missing"]))
@@ -433,12 +400,14 @@ def passes(name: str | None) -> None:
 @_JSON
 def doctor(setup: str | None, json_to: str | None) -> None:
     """What is installed, which execution providers run a model, and what the CPU can do."""
+    outputs = Outputs(json_to)
+    outputs.check([])
     from onnxslim import eps, pages
 
     if setup is not None:
         message(f"onnxslim: {setup} is in {eps.prepare(setup)}")
     facts = pages.doctor()
-    _show(pages.to_json(facts), pages.doctor_table(facts), json_to)
+    outputs.show(pages.to_json(facts), pages.doctor_table(facts))
 
 
 def main(args: list[str] | None = None) -> None:

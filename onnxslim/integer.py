@@ -99,7 +99,7 @@ def prove(model: ir.Model, feed: Mapping[str, np.ndarray] | None = None, *, ep: 
         ModelError: ONNX Runtime refuses the model.
     """
     if ep != "cpu":
-        raise UsageError(f"the kernels of {ep} cannot be seen: integer kernels are counted on cpu")
+        raise UsageError(f"the kernels of {ep!r} cannot be seen: integer kernels are counted on cpu")
     draft = model.clone()
     name_all_nodes(draft)
     products = [n for n in draft.graph.all_nodes() if _is_product(n)]

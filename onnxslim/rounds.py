@@ -20,9 +20,9 @@ import numpy as np
 Call = Callable[[int], Any]
 # Warming up ends when three passes in a row are not faster than the three before them by this share.
 _SETTLED, _WINDOW, _MOST_WINDOWS = 0.05, 3, 8
-# A pass counts when its threads waited for a core for at most this share of it more than they do anyway. Where too few
-# passes count, this many times as long is spent on more.
-_WAITED, _PATIENCE = 0.05, 2.0
+# A pass of several threads was spared when they waited for a core for at most this share of it. Where too few were,
+# this many times as long is spent on more; and where fewer than that many are in the end, the others count too.
+_WAITED, _PATIENCE, _FEWEST = 0.05, 2.0, 3
 
 
 def warm_up(call: Call, seconds: float = 1.0) -> list[float]:
@@ -79,13 +79,9 @@ class Queue:
         return total / 1e6
 
 
-def counted(times: Sequence[Sequence[float]], waits: Sequence[Sequence[float]]) -> np.ndarray:
-    """Which passes count: those in which threads waited little longer than in the quietest quarter of the passes.
-
-    Waiting of which no pass is free is the model's own (it has more threads than there are cores).
-    """
-    waited = np.asarray(waits)
-    return np.asarray(waited <= np.quantile(waited, 0.25, axis=0) + _WAITED * np.asarray(times))
+def quiet(times: Sequence[Sequence[float]], waits: Sequence[Sequence[float]]) -> np.ndarray:
+    """Which passes were spared: those whose threads hardly waited for a core."""
+    return np.asarray(np.asarray(waits) <= _WAITED * np.asarray(times))
 
 
 def interleave(
@@ -102,8 +98,9 @@ def interleave(
     The k-th round runs ``call(k)``; rounds go on for ``seconds``, at least ``least`` and at most ``most`` of them.
     Where ``single`` says that a call works in this thread alone, the time that the thread waited for a core while
     others held it is no time of the model: the second table has it, and the first is without it. With several threads
-    one may wait while another works, and what of it is lost cannot be told: a pass with more of it than others is nan,
-    and rounds go on, for twice ``seconds`` at most, until ``least`` passes of every call are none.
+    one may wait while another works, and what of it is lost cannot be told: a pass with such waiting is nan, and rounds
+    go on, for twice ``seconds`` at most, until ``least`` passes of every call are without. Where hardly any is (long
+    passes on a busy machine, more threads than cores), all count.
     """
     rounds: list[list[float]] = []
     waits: list[list[float]] = []
@@ -118,7 +115,7 @@ def interleave(
         late = time.perf_counter() - stop
         if late < 0 or len(rounds) >= most:
             return len(rounds) < most
-        return late < _PATIENCE * seconds and int(counted(rounds, queued).sum(axis=0).min()) < least
+        return late < _PATIENCE * seconds and int(quiet(rounds, queued).sum(axis=0).min()) < least
 
     with contextlib.closing(Queue()) as queue:
         while going():
@@ -139,7 +136,10 @@ def interleave(
             rounds.append(row)
             waits.append(waited)
             queued.append(held)
-    return np.where(counted(rounds, queued), rounds, np.nan).tolist(), waits
+    counted = quiet(rounds, queued)
+    if counted.sum(axis=0).min() < _FEWEST:
+        counted[:] = True
+    return np.where(counted, rounds, np.nan).tolist(), waits
 
 
 def block(

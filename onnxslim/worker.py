@@ -165,7 +165,11 @@ class Worker:
         if ep.get("affinity"):
             if not hasattr(os, "sched_setaffinity"):
                 raise ValueError("affinity: this system has no call that binds a process to cores")
-            os.sched_setaffinity(0, {int(core) for core in ep["affinity"]})
+            cores = os.sched_getaffinity(0)
+            try:
+                os.sched_setaffinity(0, {int(core) for core in ep["affinity"]})
+            except OSError:
+                raise ValueError(f"affinity: no such core; there are {sorted(cores)}") from None
         if ep.get("bind") == "cuda" and hasattr(self.ort, "preload_dlls"):
             self.ort.preload_dlls()
         name = self._register(ep)

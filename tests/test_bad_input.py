@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,100 @@ def test_other_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     onnx.save(helper.make_model(other, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     assert "has the inputs ['z']" in _fails(capsys, tmp_path, "compare", str(tiny), str(path))
     assert "has the input 'z'" in _fails(capsys, tmp_path, "bench", str(tiny), str(path))
+
+
+# Every command that writes reports, with the files that it reads.
+REPORTING = {
+    "inspect": ["a.onnx"],
+    "inspect --prunable": ["a.onnx"],
+    "compare": ["a.onnx", "b.onnx", "--data", "x.npz"],
+    "bench": ["a.onnx", "b.onnx", "--data", "x.npz", "--seconds", "0.1"],
+    "bench compare": ["old.json", "new.json"],
+    "doctor": [],
+}
+
+
+@pytest.fixture
+def desk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files of `REPORTING`, where no command gets as far as its work."""
+    desk = tmp_path / "desk"
+    (desk / "folder").mkdir(parents=True)
+    for name in ("a.onnx", "b.onnx"):
+        shutil.copy(tiny, desk / name)
+    np.savez(desk / "x.npz", x=GOOD)
+    for name in ("old.json", "new.json"):
+        (desk / name).write_text("{}")
+    monkeypatch.chdir(desk)
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work has begun")
+
+    for function in ("inspection.inspect", "prunable.facts", "comparison.compare", "bench.run", "bench_runs.compare"):
+        monkeypatch.setattr(f"onnxslim.{function}", work)
+    monkeypatch.setattr("onnxslim.pages.doctor", work)
+    return desk
+
+
+@pytest.mark.parametrize(
+    ("command", "view"),
+    [
+        (command, view)
+        for command in REPORTING
+        for view in ("--json", "--csv", "--markdown")
+        if command != "doctor" or view == "--json"  # the only one that it has
+    ],
+)
+def test_reports_that_cannot_be_written_are_found_before_the_work(
+    desk: Path, capsys: pytest.CaptureFixture[str], command: str, view: str
+) -> None:
+    words = [*command.split(), *REPORTING[command], view]
+    assert "folder: is a folder; give a file name" in _fails(capsys, desk, *words, "folder")
+    assert "the folder nowhere does not exist" in _fails(capsys, desk, *words, "nowhere/report")
+    for name in REPORTING[command]:
+        if (desk / name).is_file():
+            assert f"{name}: is the input, which is never touched" in _fails(capsys, desk, *words, name)
+
+
+@pytest.mark.parametrize("command", [name for name in REPORTING if name != "doctor"])
+def test_reports_need_files_of_their_own(desk: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    words = [*command.split(), *REPORTING[command]]
+    assert "need a file of their own" in _fails(capsys, desk, *words, "--json", "r", "--csv", "./r")
+    assert "only one of them can go to stdout" in _fails(capsys, desk, *words, "--csv", "--markdown")
+
+
+@pytest.mark.parametrize("command", ["inspect", "compare", "bench"])
+def test_every_model_is_looked_for_before_the_work(
+    desk: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    first = [] if command == "inspect" else ["a.onnx"]
+    assert "gone.onnx: no such file" in _fails(capsys, desk, command, *first, "gone.onnx")
+    assert "folder: is a folder, not an ONNX file" in _fails(capsys, desk, command, *first, "folder")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "a.onnx", "--seconds", "nan"],
+        ["bench", "a.onnx", "--seconds", "inf"],
+        ["bench", "a.onnx", "--threads", ""],
+        ["bench", "a.onnx", "--batch", ""],
+        ["compare", "a.onnx", "b.onnx", "--max-error", "nan"],
+    ],
+)
+def test_numbers_that_are_none(desk: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert f"Invalid value for '{words[-2]}'" in _fails(capsys, desk, *words)
+
+
+def test_a_report_that_the_system_refuses_is_no_defect(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert "r.json: cannot be written: No space left" in _fails(
+        capsys, tmp_path, "inspect", str(tiny), "--json", "r.json"
+    )
 
 
 def test_models_that_the_runtime_refuses_are_bad_input_once_data_is_given(

@@ -131,9 +131,12 @@ def test_rounds_go_on_for_a_while_until_enough_count(clock: _Clock) -> None:
     assert lengths(itertools.cycle([20.0, 0.0]), 0.0) == (8, 4)
 
 
-def test_waiting_that_no_pass_is_without_is_that_of_the_model(clock: _Clock) -> None:
-    found, _ = rounds.interleave([_held(clock, 10.0, itertools.repeat(20.0))], 0.0, random.Random(0))
-    assert np.allclose(found, 30.0)
+@pytest.mark.parametrize("spared", [0, 2, 3])
+def test_where_hardly_a_pass_was_spared_all_of_the_block_count(clock: _Clock, spared: int) -> None:
+    waits = [0.0] * spared + [20.0] * (8 - spared)
+    calls = [_held(clock, 10.0, waits), _held(clock, 10.0, [0.0] * 8)]
+    found, _ = rounds.interleave(calls, 0.0, random.Random(0))
+    assert np.isnan(found).sum() == (5 if spared == 3 else 0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system does not tell")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -67,13 +68,53 @@ def test_tables_and_picture_show_the_figures() -> None:
     assert float(bars[0].attrib["width"]) == pytest.approx(2 * (float(one.attrib["x1"]) - begin), abs=0.2)
 
 
-def test_a_result_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
+@pytest.fixture
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written goes to a folder of its own, where nothing has been measured."""
     for name in ("DATA", "PICTURE", "README"):
         monkeypatch.setattr(readme, name, tmp_path / name)
     readme.DATA.write_text("[]")
     readme.README.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+
+
+@pytest.mark.parametrize("names", [[], ["minilm_l6"]])
+def test_a_run_measures_what_is_named_and_keeps_what_succeeded(
+    names: list[str], pages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run(arguments: list[str]) -> int:
+        asked.extend(arguments[: arguments.index("--passes")])
+        failed = made(recipe="peer:nncf", status="failed", latency={}, after={})
+        rows = [dataclasses.asdict(row) for row in (made(model="minilm_l6"), failed)]
+        Path(arguments[-1]).write_text(json.dumps({"environment": {"cpu": "x"}, "rows": rows}))
+        return 1
+
+    monkeypatch.setattr(zoo, "main", run)
+    assert readme.main(["--run", *names]) == 1, "a cell failed"
+    assert asked == (names or list(readme.MODELS))
+    assert [(row["model"], row["recipe"]) for row in readme.load()] == [("minilm_l6", "prune,int8")]
+    assert "all-MiniLM-L6-v2" in readme.README.read_text()
+
+
+def test_bad_usage_is_one_line_and_writes_nothing(
+    pages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = readme.README.read_text()
+    monkeypatch.setattr(zoo, "main", lambda _: 2)
+    assert readme.main(["--run", "minilm_l6"]) == 2
+    assert readme.main(["--from", str(tmp_path / "none.json")]) == 2
+    assert capsys.readouterr().err.startswith(f"readme: {tmp_path / 'none.json'}: not a result")
+    assert readme.main(["--run", "--passes", "int8; fp16"]) == 2
+    assert "the README shows no 'fp16'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        readme.main(["--run", "nope"])
+    assert caught.value.code == 2
+    assert "the README has no model 'nope': there are fmnist_cnn, " in capsys.readouterr().err
+    assert readme.README.read_text() == before
+
+
+def test_a_result_is_taken_over(pages: None, tmp_path: Path) -> None:
     failed = made(recipe="int8", status="failed", latency={}, after={})
     result = {"environment": {"cpu": "x"}, "rows": [dataclasses.asdict(row) for row in (made(), failed)]}
     (tmp_path / "result.json").write_text(json.dumps(result))
