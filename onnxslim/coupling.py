@@ -316,9 +316,9 @@ def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 
 
 def unknown(c: Coupling, node: ir.Node) -> None:
     """Freeze everything that a node reads, in its subgraphs too; its outputs cannot be cut."""
-    reason = f"{node.op_type} {node.name}: no rule for this operator"
+    why = "channels are not followed through its body" if any(subgraphs(node)) else "no rule for this operator"
     for value in (*node.inputs, *captured(node)):
-        c.freeze_value(value, reason)
+        c.freeze_value(value, reason(node, why))
     for value in node.outputs:
         if value.name in c.shapes:
             c.labels[value] = [None] * len(c.shape(value))

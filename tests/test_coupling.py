@@ -148,6 +148,31 @@ def test_what_a_subgraph_captures_stays() -> None:
     assert coupled.frozen()["w3"] == "If either: a branch that the sample leaves out"
 
 
+def test_what_a_loop_reads_stays_and_the_rest_is_cut() -> None:
+    """A weight that only the body reads, and the channels that it captures, carry a reason; others leave."""
+    b = Builder()
+    x = b.dense(b.dense(tokens(b, length=5), 6, 8), 8, 4)
+    inner = b.w(4, 4, name="inner")
+    kinds = {"i": TensorProto.INT64, "go": TensorProto.BOOL}
+    inputs = [helper.make_tensor_value_info(n, k, []) for n, k in kinds.items()]
+    state, out, stay = (
+        helper.make_tensor_value_info(n, k, None)
+        for n, k in (("state", TensorProto.FLOAT), ("out", TensorProto.FLOAT), ("stay", TensorProto.BOOL))
+    )
+    nodes = [
+        helper.make_node("MatMul", ["state", inner], ["product"]),
+        helper.make_node("Add", ["product", x], ["out"]),
+        helper.make_node("Identity", ["go"], ["stay"]),
+    ]
+    body = helper.make_graph(nodes, "body", [*inputs, state], [stay, out])
+    y = b.op("Loop", b.c(np.int64(3)), "", b.op("Mul", x, b.c(np.float32(2))), name="again", body=body)
+    coupled = analyze(b.proto(b.dense(y, 4, 2)))
+    assert [len(f.atoms) for f in coupled.families] == [8]
+    why = "Loop again: channels are not followed through its body"
+    assert coupled.frozen()["inner"] == why
+    assert coupled.frozen()["w3"] == why  # the bias of what the loop starts from, of which nothing can leave
+
+
 @pytest.mark.parametrize(
     ("read", "stays"),
     [

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 LEVELS = 4000  # the knapsack counts savings in this many parts of the largest possible saving
+WIDEST = 16  # channels that the kernels take at a time, where they are not asked
 ROUNDS = 10  # at most this many relinearizations
 
 
@@ -46,14 +47,16 @@ class Candidate:
 Spent = Callable[[Sequence[int]], float]  # what is left of a budgeted quantity when so many units leave each family
 
 
-def step_of(channels: int, units: int) -> int:
+def step_of(channels: int, units: int, widest: int = WIDEST) -> int:
     """Units per step for an axis of ``channels`` made of ``units``.
 
-    Vector kernels work on 16 channels at a time, and a width between two multiples costs more than the next larger one;
-    narrow layers get finer steps, or there would be nothing to choose.
+    Vector kernels work on ``widest`` channels at a time (see `onnxslim.kernel_steps`), and a width between two
+    multiples costs more than the next larger one; narrow layers get finer steps, or there would be nothing to choose.
     """
-    wide = 16 if channels >= 64 else 8 if channels >= 32 else 4 if channels >= 16 else 1
-    return max(1, wide * units // channels)
+    step = widest
+    while channels < 4 * step:
+        step //= 2
+    return max(1, (step if step >= 4 else 1) * units // channels)
 
 
 def within(candidates: Sequence[Candidate], spent: Spent, tolerance: float) -> list[int]:

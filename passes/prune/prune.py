@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim import coupling, runtime
+from onnxslim import coupling, kernel_steps, runtime
 from onnxslim.channels import Labels
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.coupling import Coupling, Family, Site
@@ -53,7 +53,8 @@ class Prune(Pass):
     A budget removes more. ``ratio`` is what leaves; ``params``, ``macs`` and ``latency`` are what may stay: a fraction
     of the input's up to 1, an absolute number above 1. Widths are chosen over the whole network so that the errors of
     the outputs, measured per family, add up to the least (a knapsack); milliseconds come from kernel times measured on
-    narrower models and are checked on the result. At most one budget can be given.
+    narrower models and are checked on the result. Widths are multiples of 16 where a layer is wide, with ``latency`` of
+    the step that the kernels of this machine are measured to have. At most one budget can be given.
 
     With ``lossless`` only channels without any effect leave: dead and constant ones, and copies of others. The outputs
     stay what they were.
@@ -333,10 +334,12 @@ class Prune(Pass):
         tried = [f.atoms[o.units[:m]] for f, o, ms in zip(families, orders, probes, strict=True) for m in ms]
         errors = iter(measure.sensitivity(coupled, measured, tried, held_out.spread(PROBES), ctx))
         candidates = []
+        # Only a budget of time is worth plans that differ from machine to machine.
+        widest = allocate.WIDEST if self.latency is None else kernel_steps.here()
         for family, found, marks, limit in zip(families, orders, probes, limits, strict=True):
             scales = [next(errors) / max(float(found.error[m - 1]), FELT) for m in marks]
             curve = found.error * np.interp(np.arange(1, len(found.error) + 1), marks, scales)
-            step = allocate.step_of(measure.channels(coupled, family), len(family.atoms))
+            step = allocate.step_of(measure.channels(coupled, family), len(family.atoms), widest)
             rising, fixed = np.maximum.accumulate(curve), given.get(family.name)
             candidates.append(allocate.Candidate(len(family.atoms), rising, step, limit, fixed))
         return orders, candidates

@@ -86,3 +86,10 @@ def test_no_more_leaves_than_may() -> None:
 )
 def test_steps(channels: int, units: int, step: int) -> None:
     assert step_of(channels, units) == step
+
+
+@pytest.mark.parametrize(
+    ("channels", "widest", "step"), [(128, 32, 32), (127, 32, 16), (64, 8, 8), (16, 8, 4), (8, 8, 1)]
+)
+def test_steps_of_other_kernels(channels: int, widest: int, step: int) -> None:
+    assert step_of(channels, channels, widest) == step

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxslim
-from onnxslim import cost, coupling, pipeline, runtime
+from onnxslim import cost, coupling, kernel_steps, pipeline, runtime
 from onnxslim import data as data_io
 from onnxslim import model as model_io
 from onnxslim.contract import Context
@@ -156,6 +156,23 @@ def test_a_time_budget_times_the_plan_it_takes() -> None:
     outcome = Prune(latency=0.6).apply(loaded, _context(model))
     assert outcome.stats["removed"] > 0
     assert outcome.stats["left"] > 0
+
+
+def test_only_a_time_budget_asks_the_kernels_for_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def step() -> int:
+        asked.append(True)
+        return 32
+
+    monkeypatch.setattr(kernel_steps, "here", step)
+    model = _cnn(width=128)
+    Prune(ratio=0.3).apply(model_io.load(model), _context(model))
+    assert not asked
+    loaded = model_io.load(model)
+    Prune(latency=0.7, refit=False).apply(loaded, _context(model))
+    assert asked == [True]
+    assert loaded.graph.initializers["w1"].shape[0] in (32, 64, 96, 128)
 
 
 def test_plain_criteria_are_what_they_say() -> None:
