@@ -65,7 +65,7 @@ def absorb_scales(work: Work) -> None:
     for node in work.nodes():
         if g.is_op(node, "Mul", "Div") and not protected(node):
             step = affine(node, work.weights.read)
-            if step is not None and step.shape in ((), (1,) * len(step.shape)) and not step.shifts:
+            if step is not None and step.shape in ((), (1,) * len(step.shape)):
                 _absorb(work, node, step)
 
 

@@ -333,3 +333,17 @@ def test_an_offset_far_larger_than_what_is_left_stays() -> None:
     nodes = [node("Sub", "x k", "m"), node("Conv", "m w")]
     model = net(nodes, {"x": [1, 3, 5]}, {"k": np.full((3, 1), 20000, np.float32), "w": normal(2, 3, 1)})
     assert operators(fold(model, {"x": 20000 + normal(1, 3, 5)})) == ["Sub", "Conv"]
+
+
+@pytest.mark.parametrize("shown", ["z", "m"])
+def test_a_value_between_affine_maps_that_others_read_stays(shown: str) -> None:
+    nodes = [node("Mul", "x k", "m"), node("Add", "m a", "n"), node("Conv", "n w b"), node("Relu", "m", "z")]
+    parts = {"k": normal(3, 1), "a": normal(3, 1), "w": normal(2, 3, 1), "b": normal(2)}
+    model = net(nodes if shown == "z" else nodes[:3], {"x": [1, 3, 4]}, parts, ("y", shown))
+    assert operators(fold(model, {"x": normal(1, 3, 4)}))[:2] == ["Mul", "Conv"]
+
+
+def test_batchnorm_of_unknown_rank_stays() -> None:
+    nodes = [node("Relu", "x", "r"), node("BatchNormalization", f"r {BN}")]
+    model = net(nodes, {"x": None}, batchnorm(3))  # type: ignore[dict-item]
+    assert operators(fold(model, {"x": normal(2, 3, 4)})) == ["Relu", "BatchNormalization"]

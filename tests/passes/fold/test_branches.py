@@ -134,3 +134,65 @@ def test_products_over_different_axes_are_not_added() -> None:
     nodes = [node("MatMul", "x w", "p"), node("MatMul", "v x", "q"), node("Add", "p q")]
     model = net(nodes, {"x": [2, 4, 4]}, {"w": normal(4, 4), "v": normal(4, 4)})
     assert len(operators(fold(model, {"x": normal(2, 4, 4)}))) == 3
+
+
+def test_a_branch_without_weight_or_with_a_bias_of_run_time_stays() -> None:
+    nodes = [node("Gemm", "x v", "p", alpha=0.0), node("Gemm", "x w", "q", alpha=0.0), node("Add", "p q")]
+    parts = {"v": normal(4, 4), "w": normal(4, 4)}
+    assert "Add" in operators(fold(net(nodes, {"x": [3, 4]}, parts), {"x": normal(3, 4)}))
+    nodes = [node("Conv", "x v a", "p"), node("Conv", "x w", "q"), node("Add", "p q")]
+    parts = {"v": normal(4, 4, 1), "w": normal(4, 4, 1)}
+    model = net(nodes, {"x": [1, 4, 5], "a": [4]}, parts)
+    assert operators(fold(model, {"x": normal(1, 4, 5), "a": normal(4)})) == ["Conv", "Conv", "Add"]
+
+
+def test_a_transposed_convolution_is_no_branch() -> None:
+    nodes = [node("ConvTranspose", "x v", "p"), node("ConvTranspose", "x w", "q"), node("Add", "p q")]
+    model = net(nodes, {"x": [1, 4, 5]}, {"v": normal(4, 4, 1), "w": normal(4, 4, 1)})
+    assert operators(fold(model, {"x": normal(1, 4, 5)})) == ["ConvTranspose", "ConvTranspose", "Add"]
+
+
+def test_a_scaled_identity_that_others_read_stays() -> None:
+    nodes = [node("Conv", "x w", "c"), node("Mul", "x k", "m"), node("Add", "c m"), node("Relu", "m", "z")]
+    model = net(nodes, {"x": [1, 4, 5]}, {"w": normal(4, 4, 1), "k": normal(4, 1)}, ("y", "z"))
+    assert "Mul" in operators(fold(model, {"x": normal(1, 4, 5)}))
+
+
+def test_constants_along_another_axis_are_no_branch() -> None:
+    nodes = [node("Conv", "x w b", "c"), node("Mul", "x k", "m"), node("Add", "c m")]
+    parts = {"w": normal(4, 4, 1), "b": normal(4), "k": normal(1, 4)}
+    assert operators(fold(net(nodes, {"x": [1, 4, 4]}, parts), {"x": normal(1, 4, 4)})) == ["Conv", "Mul", "Add"]
+    nodes = [node("Conv", "x w", "c"), node("Mul", "c k", "m"), node("Add", "m x")]
+    assert operators(fold(net(nodes, {"x": [1, 4, 4]}, parts), {"x": normal(1, 4, 4)})) == ["Conv", "Mul", "Add"]
+
+
+def test_an_affine_map_of_another_value_is_no_branch() -> None:
+    nodes = [node("Conv", "x w b", "c"), node("Mul", "u k", "m"), node("Add", "c m")]
+    parts = {"w": normal(4, 4, 1), "b": normal(4), "k": normal(4, 1)}
+    feeds = {"x": normal(1, 4, 5), "u": normal(1, 4, 5)}
+    model = net(nodes, {"x": [1, 4, 5], "u": [1, 4, 5]}, parts)
+    assert operators(fold(model, feeds)) == ["Conv", "Mul", "Add"]
+
+
+def test_branches_that_are_not_added_stay() -> None:
+    for op in ("Mul", "Max"):
+        nodes = [node("Conv", "x v", "p"), node("Conv", "x w", "q"), node(op, "p q")]
+        model = net(nodes, {"x": [1, 4, 5]}, {"v": normal(4, 4, 1), "w": normal(4, 4, 1)})
+        assert operators(fold(model, {"x": normal(1, 4, 5)})) == ["Conv", "Conv", op]
+    three = [node("Conv", "x v", "p"), node("Conv", "x w", "q"), node("Sum", "p q u")]
+    model = net(three, {"x": [1, 4, 5], "u": [1, 4, 5]}, {"v": normal(4, 4, 1), "w": normal(4, 4, 1)})
+    feeds = {"x": normal(1, 4, 5), "u": normal(1, 4, 5)}
+    assert operators(fold(model, feeds)) == ["Conv", "Conv", "Sum"]
+
+
+def test_a_low_rank_branch_that_others_read_stays() -> None:
+    nodes = [
+        node("MatMul", "x w", "p"),
+        node("MatMul", "x a", "q"),
+        node("MatMul", "q b", "r"),
+        node("Add", "p r"),
+        node("Tanh", "r", "z"),
+    ]
+    parts = {"w": normal(8, 8), "a": normal(8, 2), "b": normal(2, 8)}
+    model = net(nodes, {"x": [2, 3, 8]}, parts, ("y", "z"))
+    assert operators(fold(model, {"x": normal(2, 3, 8)})).count("MatMul") == 3

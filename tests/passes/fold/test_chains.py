@@ -132,3 +132,22 @@ def test_the_constants_of_a_layer_normalization_stay(form: str) -> None:
     assert len(result.graph.node) == len(nodes)
     if form == "Div":
         assert "LayerNormalization" in kernels(result)
+
+
+def test_a_run_that_adds_an_axis_keeps_a_node_for_it() -> None:
+    parts = {"a": np.full((1, 1), 2, np.float32), "b": np.full((), 0.5, np.float32)}
+    model = chain("Mul a;Mul b", parts, (3,))
+    assert len(operators(fold(model, {"x": normal(3)}))) == 1
+    unknown = chain("Mul a;Mul b", {**parts, "a": np.full((1,), 2, np.float32)}, None)  # type: ignore[arg-type]
+    assert len(operators(fold(unknown, {"x": np.array(3, np.float32)}))) == 1
+
+
+def test_integers_are_no_affine_maps_of_floats() -> None:
+    nodes = [node("Neg", "x", "n"), node("Abs", "n")]
+    model = net(nodes, {"x": (3,)}, {}, dtype=TensorProto.INT64)
+    assert operators(fold(model, {"x": np.array([1, -2, 3])})) == ["Neg", "Abs"]
+
+
+def test_division_by_zero_is_no_affine_map() -> None:
+    parts = {"a": np.array([1, 0, 2], np.float32), "b": normal(3)}
+    assert operators(fold(chain("Div a;Mul b", parts), {"x": normal(2, 3)})) == ["Div", "Mul"]

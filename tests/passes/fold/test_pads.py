@@ -136,3 +136,54 @@ def test_axes_of_an_input_whose_rank_is_unknown_stay() -> None:
     proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
     result = fold(proto, {"x": normal(1, 3, 4, 5), "s": np.array([1, 3, 4, 5], np.int64)})
     assert operators(result) == ["Reshape", "Pad", "Conv"]
+
+
+def test_a_window_with_gaps_may_lie_in_the_padding_alone() -> None:
+    # Taps at -1 and 1 of a tensor of one element: the maximum is the zero of the Pad.
+    parts = {"pads": np.array([0, 0, 1, 0, 0, 1])}
+    nodes = [node("Relu", "x", "r"), node("Pad", "r pads", "p"), node("MaxPool", "p", kernel_shape=[2], dilations=[2])]
+    model = net(nodes, {"x": [1, 1, 1]}, parts)
+    assert operators(fold(model, {"x": normal(1, 1, 1)})) == ["Relu", "Pad", "MaxPool"]
+
+
+def test_a_padded_weight_stays() -> None:
+    nodes = [node("Pad", "v pads", "w"), node("Conv", "x w")]
+    model = net(nodes, {"x": [1, 3, 6], "v": [2, 3, 2]}, {"pads": np.array([0, 0, 1, 0, 0, 1])})
+    assert operators(fold(model, {"x": normal(1, 3, 6), "v": normal(2, 3, 2)})) == ["Pad", "Conv"]
+
+
+def test_amounts_and_values_of_run_time_stay() -> None:
+    nodes = [node("Pad", "x pads fill", "p"), node("Conv", "p w")]
+    arrays = {"pads": np.array([0, 0, 1, 0, 0, 1]), "fill": np.array(0.5, np.float32)}
+    for name in arrays:
+        model = net(nodes, {"x": [1, 3, 6]}, {"w": normal(2, 3, 2), **{n: a for n, a in arrays.items() if n != name}})
+        kind = onnx.TensorProto.INT64 if name == "pads" else onnx.TensorProto.FLOAT
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, arrays[name].shape))
+        assert operators(fold(model, {"x": normal(1, 3, 6), name: arrays[name]})) == ["Pad", "Conv"]
+
+
+def test_indices_that_are_read_count_padded_elements() -> None:
+    nodes = [
+        node("Relu", "x", "r"),
+        node("Pad", "r pads", "p"),
+        node("MaxPool", "p", "y i", kernel_shape=[3]),
+        node("Abs", "i", "z"),
+    ]
+    model = net(nodes, {"x": [1, 1, 6]}, {"pads": np.array([0, 0, 1, 0, 0, 1])}, ("y", "z"))
+    model.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    assert operators(fold(model, {"x": normal(1, 1, 6)})) == operators(model)
+
+
+@pytest.mark.parametrize(("low", "folds"), [(0.5, True), (0.0, True), (-1.0, False), (None, False)])
+@pytest.mark.parametrize("opset", [10, 17])
+def test_the_lower_bound_of_clip_decides_whether_zeros_win(low: float | None, folds: bool, opset: int) -> None:
+    amounts = [0, 0, 1, 0, 0, 1]
+    if opset == 10:
+        parts = {}
+        clip = node("Clip", "x", "c", **({} if low is None else {"min": low}))
+        pad = node("Pad", "c", "p", pads=amounts)
+    else:
+        parts = {"pads": np.array(amounts), **({} if low is None else {"low": np.float32(low)})}
+        clip, pad = node("Clip", "x" if low is None else "x low", "c"), node("Pad", "c pads", "p")
+    model = net([clip, pad, node("MaxPool", "p", kernel_shape=[3])], {"x": [1, 1, 6]}, parts, opset=opset)
+    assert ("Pad" not in operators(fold(model, {"x": normal(1, 1, 6) - 2}))) == folds

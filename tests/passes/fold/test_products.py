@@ -113,3 +113,44 @@ def test_a_result_in_between_that_others_read_keeps_the_pair() -> None:
     assert operators(fold(model, {"x": normal(2, 3, 4)})).count("MatMul") == 2
     output = net(nodes[:2], {"x": [2, 3, 4]}, parts, ("y", "p"))
     assert operators(fold(output, {"x": normal(2, 3, 4)})).count("MatMul") == 2
+
+
+def test_what_stands_between_two_products_is_part_of_theirs() -> None:
+    nodes = [node("MatMul", "x v", "p"), node("Add", "p a", "q"), node("MatMul", "q w")]
+    parts = {"v": normal(6, 8), "a": normal(8), "w": normal(8, 2)}
+    assert operators(fold(net(nodes, {"x": [2, 5, 6]}, parts), {"x": normal(2, 5, 6)})) == ["MatMul", "Add"]
+    parts["a"] = normal(5, 1)  # one offset per position: no bias
+    assert operators(fold(net(nodes, {"x": [2, 5, 6]}, parts), {"x": normal(2, 5, 6)})) == ["MatMul", "Add", "MatMul"]
+
+
+def test_a_scale_that_no_weight_could_take_keeps_the_pair() -> None:
+    """The weights are too large to be copied; their product would be small, but without the scale."""
+    nodes = [
+        node("MatMul", "x v", "p"),
+        node("Mul", "p k", "q"),
+        node("MatMul", "q w"),
+        node("MatMul", "u v", "r"),
+        node("Tanh", "r", "s"),
+        node("MatMul", "s w", "z"),
+        node("Pow", "s k", "t"),
+    ]
+    parts = {"v": normal(4, 64), "k": normal(64), "w": normal(64, 1)}
+    model = net(nodes, {"x": [2, 3, 4], "u": [2, 3, 4]}, parts, ("y", "z", "t"))
+    feeds = {"x": normal(2, 3, 4), "u": normal(2, 3, 4)}
+    assert operators(fold(model, feeds)).count("MatMul") == 4
+
+
+def test_a_stack_of_matrices_is_no_factor() -> None:
+    nodes = [node("MatMul", "x v", "p"), node("MatMul", "p w")]
+    for v, w in (((2, 4, 8), (8, 4)), ((4, 8), (2, 8, 4))):
+        model = net(nodes, {"x": [2, 3, 4]}, {"v": normal(*v), "w": normal(*w)})
+        assert operators(fold(model, {"x": normal(2, 3, 4)})) == ["MatMul", "MatMul"]
+
+
+def test_a_bias_of_run_time_keeps_the_pair() -> None:
+    nodes = [node("Conv", "x v a", "p"), node("Conv", "p w b")]
+    for name, size in (("a", 8), ("b", 2)):
+        biases = {"a": normal(8), "b": normal(2)}
+        parts = {"v": normal(8, 3, 3), "w": normal(2, 8, 1), **{n: b for n, b in biases.items() if n != name}}
+        model = net(nodes, {"x": [1, 3, 7], name: [size]}, parts)
+        assert operators(fold(model, {"x": normal(1, 3, 7), name: biases[name]})) == ["Conv", "Conv"]
