@@ -198,6 +198,19 @@ def test_shared_weights_and_weights_that_are_outputs() -> None:
     assert error(model, result, X) < 0.05
 
 
+@pytest.mark.parametrize("ceil", [0, 1])
+@pytest.mark.parametrize("counted", [0, 1])
+@pytest.mark.parametrize("size", [3, 50])
+def test_windows_that_reach_beyond_the_input(ceil: int, counted: int, size: int) -> None:
+    pool = node("AveragePool", ["c"], "p", kernel_shape=[size] * 2, strides=[2, 2], ceil_mode=ceil,
+                count_include_pad=counted, pads=[0 if size == 3 else 25] * 4)  # fmt: skip
+    last = node("Conv", ["p", "v"], "y")
+    model = build([FIRST, pool, last], CONV, X.shape)
+    result, chosen = quantized(model, X)
+    assert error(model, result, X) < 0.05
+    assert ("AveragePool_p" in chosen) == (not (ceil and counted))
+
+
 @pytest.mark.parametrize(
     ("nodes", "constants", "reason"),
     [
