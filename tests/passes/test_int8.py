@@ -153,6 +153,26 @@ def test_any_graph_stays_valid_and_faithful(case: tuple[onnx.ModelProto, dict[st
     assert noise([(list(reference.values()), list(got.values()))]) < 0.15
 
 
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_a_bias_that_dwarfs_the_weights_is_kept(op: str, size: float) -> None:
+    weights = {n: (RNG.standard_normal((64, 64)) / 8).astype(np.float32) for n in ("w", "v")}
+    weights["w"] *= np.float32(size)
+    weights["row"] = RNG.standard_normal(64).astype(np.float32)
+    first = [helper.make_node("MatMul", ["x", "w"], ["m"], name="one"), helper.make_node("Add", ["m", "row"], ["a"])]
+    if op == "Gemm":
+        first = [helper.make_node("Gemm", ["x", "w", "row"], ["a"], name="one")]
+    nodes = [
+        *first,
+        helper.make_node("Mul", ["a", "x"], ["b"]),
+        helper.make_node("MatMul", ["b", "v"], ["y"], name="two"),
+    ]
+    model = build(nodes, weights, [16, 64])
+    quantized, outcome = run(model, Int8(fidelity=0, measure=False), samples((16, 64)))
+    assert outcome.stats["int8_layers"] == 2
+    assert error(model, quantized, samples((16, 64))[0]) < 0.05
+
+
 def test_products_behind_an_operator_of_another_domain() -> None:
     """What type such an operator gives does not follow from the file; a sample shows it."""
     nodes = [
