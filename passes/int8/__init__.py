@@ -17,7 +17,7 @@ from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.saturation import saturates_here
-from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes
+from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes, protect_pools
 
 # Share of an output's variance that integer kernels may take where nobody said what int8 may cost.
 NOISY = 0.02
@@ -84,6 +84,7 @@ class Int8(Pass):
         reason = raise_opset(draft, 13)
         if reason is not None:
             return _nothing(layers, dict.fromkeys(layers, reason))
+        protect_pools(draft)
         name_all_nodes(draft)  # those that came with the operator set
         layers = _layers(draft)
         units, reasons = find_units(draft)
