@@ -392,6 +392,7 @@ class _Run:
             self.ctx.warnings += measured.notes()
             if self.checks.budget is not None and value is not None:
                 metric = _metric_entry(self.checks.budget, value, measured)
+        self.checks.rest()
         if self.bench_seconds:
             self._measure_latency(model)
         self._comment(steps)

@@ -18,6 +18,7 @@ from scipy import linalg
 
 from onnxslim import graph as g
 from onnxslim import integer
+from onnxslim import model as model_io
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.layer_inputs import moments
 from onnxslim.opset import raise_opset
@@ -250,9 +251,7 @@ def _store(
         array = array.T
     stored, scales, zeros = quantize(array, form, inputs)
     del array
-    if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):  # somebody else holds it
-            tensor.release()
+    model_io.forget(tensor)
     scale = g.add_constant(model.graph, f"{source.name}_scales", scales)
     return (
         g.add_integers(model.graph, f"{source.name}_q", stored, form.bits),

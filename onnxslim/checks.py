@@ -84,9 +84,9 @@ class Checks:
 
     def rest(self) -> None:
         """Give back the memory of the sessions, which are made again when they are needed."""
-        for runner in (self._original, self._last[1] if self._last is not None else None):
-            if runner is not None:
-                runner.rest()
+        self._last = None
+        if self._original is not None:
+            self._original.rest()
 
     def _run(self, after: ir.Model, item: Pass) -> str | None:
         try:

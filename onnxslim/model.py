@@ -305,9 +305,14 @@ def file_by_reference(path: str | os.PathLike[str]) -> tuple[bytes, Path] | None
 def forget_weights(model: ir.Model) -> None:
     """Give back the memory of weights that lie in files; they are read again when they are needed."""
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            with contextlib.suppress(BufferError):  # somebody still holds the array
-                value.const_value.release()
+        forget(value.const_value)
+
+
+def forget(tensor: ir.TensorProtocol | None) -> None:
+    """Give back the memory of one tensor, where it lies in a file."""
+    if isinstance(tensor, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):  # somebody still holds the array
+            tensor.release()
 
 
 def own_weights(model: ir.Model, file: str | os.PathLike[str]) -> None:
@@ -317,8 +322,7 @@ def own_weights(model: ir.Model, file: str | os.PathLike[str]) -> None:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).resolve() == path:
             (value.const_value,) = ir.external_data.convert_tensors_from_external([tensor])
-            with contextlib.suppress(BufferError):
-                tensor.release()
+            forget(tensor)
 
 
 @contextlib.contextmanager

@@ -175,6 +175,39 @@ class Switched:
         return [np.asarray(found[name]) for name in self.runner.outputs]
 
 
+class SwitchedWeights:
+    """The model with other numbers for some of its weights, each behind a switch that is an input of the session.
+
+    Args:
+        model: it is not changed.
+        changed: the other numbers, by the name of the initializer.
+    """
+
+    def __init__(self, model: ir.Model, changed: Mapping[str, np.ndarray], threads: int) -> None:
+        clone = model.clone()
+        graph = clone.graph
+        self.names = list(changed)
+        for name, array in changed.items():
+            value = graph.initializers[name]
+            old = g.constant(value)
+            assert old is not None
+            uses = list(value.uses())
+            switch = ir.Value(name=f"on:{name}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(()))
+            graph.inputs.append(switch)
+            # Unlike Where, these are in all operator sets.
+            change = g.add_constant(graph, f"{name}_change", (array - old).astype(np.float32))
+            step = g.add_node(graph, "Mul", [change, switch], before=graph[0], like=value)
+            choice = g.add_node(graph, "Add", [value, step.outputs[0]], after=step, like=value)
+            for use in uses:
+                use.node.replace_input_with(use.idx, choice.outputs[0])
+        self.runner = runtime.load(clone, threads=threads)
+
+    def __call__(self, feeds: Feeds, chosen: Collection[str]) -> list[np.ndarray]:
+        """The outputs with the other numbers for the ``chosen`` initializers."""
+        switches = {f"on:{n}": np.array(n in chosen, np.float32) for n in self.names}
+        return [np.asarray(value) for value in runtime.run(self.runner, {**feeds, **switches}).values()]
+
+
 def _switch(graph: ir.Graph, name: str) -> ir.Value:
     value = ir.Value(name=name, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
     graph.inputs.append(value)

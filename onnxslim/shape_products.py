@@ -40,6 +40,13 @@ def gemm(call: Call) -> Sequence[Fact | None]:
     return [Fact((a[1 if call.attr("transA", 0) else 0], b[0 if call.attr("transB", 0) else 1]))]
 
 
+@rule("com.microsoft::MatMulNBits")
+def matmul_n_bits(call: Call) -> Sequence[Fact | None]:
+    """N columns, whatever the form in which they are stored."""
+    a = call.shape(0)
+    return [NOTHING if not a else Fact((*a[:-1], int(call.attr("N"))))]
+
+
 @rule("Einsum")
 def einsum(call: Call) -> Sequence[Fact | None]:
     """The sizes of the letters after the arrow."""

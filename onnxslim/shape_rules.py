@@ -107,7 +107,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*op_types: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators of the standard domain."""
+    """Register a rule for operators of the standard domain, or of another one written before them: ``domain::Name``."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(op_types, function))

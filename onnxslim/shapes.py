@@ -135,11 +135,12 @@ class Shapes:
             self.visit(node)
 
     def _infer(self, node: ir.Node) -> list[Fact | None]:
-        if node.domain not in ("", "ai.onnx"):
+        standard = node.domain in ("", "ai.onnx")
+        rule = RULES.get(node.op_type if standard else f"{node.domain}::{node.op_type}")
+        if rule is None and not standard:
             return [_declared(v, trusted=True) for v in node.outputs]
         if node.op_type == "If":
             return self._join(node)
-        rule = RULES.get(node.op_type)
         if rule is not None:
             call = self.call(node)
             if not call.facts or call.facts[0] is not None:

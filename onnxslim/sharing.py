@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim.graph import is_deterministic, replace, subgraphs
+from onnxslim.model import forget
 
 # What the weights of a model hash to: a key in Model.meta.
 DIGESTS = "onnxslim.digests"
@@ -58,6 +59,7 @@ def _digest(tensor: ir.TensorProtocol) -> bytes:
     if tensor.dtype is ir.DataType.STRING:
         return repr(tensor.numpy().tolist()).encode()
     content = tensor.tobytes()
+    forget(tensor)  # all weights are read here, one after the other
     return content if len(content) <= 32 else hashlib.sha256(content).digest()
 
 

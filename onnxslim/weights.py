@@ -9,8 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim import layer_inputs
+from onnxslim import layer_inputs, restoring, runtime
+from onnxslim import model as model_io
 from onnxslim.contract import Context, Skip
+from onnxslim.data import Data
+from onnxslim.probe import SwitchedWeights
 from onnxslim.rounding import Gram
 from onnxslim.units import NEVER, PRODUCTS
 
@@ -109,6 +112,44 @@ def with_moments(
         last.setdefault(weight.readers[-1], []).append(weight)
     for group, grams in layer_inputs.moments(model, nodes, ctx, samples):
         yield [(weight, weight.moments(grams)) for node in group for weight in last.get(node, ())]
+
+
+@dataclasses.dataclass(frozen=True)
+class Borne:
+    """The weights whose change the outputs bear, the others with the reason, and the fidelity (None: not measured)."""
+
+    weights: list[Weight]
+    skipped: list[Skip]
+    fidelity: float | None
+
+
+def borne(
+    model: ir.Model,
+    changed: Mapping[str, np.ndarray],
+    weights: Sequence[Weight],
+    held_out: Data,
+    fidelity: float,
+    ctx: Context,
+) -> Borne:
+    """As many of ``weights`` as may get the numbers ``changed``, by the name of the initializer.
+
+    With them, 1 minus noise over variance of each output of ``model``, on ``held_out``, is at least ``fidelity``. A
+    model that is too large for both kinds of numbers in one session is not measured.
+    """
+    if model_io.weight_bytes(model) > runtime.STAGED:
+        ctx.warnings.append(
+            "the model is too large for its layers to be judged one by one: nothing was left as it is for fidelity"
+        )
+        return Borne(list(weights), [], None)
+    owners = {weight.value.name or "": weight for weight in weights}
+    judge = restoring.Judge(SwitchedWeights(model, changed, ctx.threads), held_out, ctx)
+    judge.hardest_first(list(owners))
+    found = restoring.keep(list(owners), 1 - fidelity, judge.noise, judge.rank, lambda name: float(owners[name].size))
+    skipped = [
+        Skip(owners[name].name, f"changed, it alone takes {lost:.2%} of an output's variance")
+        for name, lost in found.restored.items()
+    ]
+    return Borne([owners[name] for name in found.names], skipped, round(1 - found.noise, 5))
 
 
 def _operands(node: ir.Node) -> list[tuple[int, int]]:

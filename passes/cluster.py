@@ -16,7 +16,7 @@ from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.opset import raise_opset
 from onnxslim.palettes import shared
 from onnxslim.units import name_all_nodes
-from onnxslim.weights import Weight, find_weights, with_moments
+from onnxslim.weights import Weight, borne, find_weights, with_moments
 
 OPSET, IR_VERSION = 21, 10  # of integers with four bits
 
@@ -35,6 +35,9 @@ class Cluster(Pass):
         bits: 1 to 8; a weight has 2 to the power of this many values.
         palette: store indices. Without it the float32 weights are written: no smaller as a file, but the report says
             what deflate (zip, gzip, the packages of app stores) makes of it; for runtimes that do not fold constants.
+        fidelity: share of the variance of each output that must survive, measured on held-out samples: 1 minus squared
+            error over variance. Layers stay as they are until it holds, the most harmful ones first; 0 turns that off,
+            and without calibration data it is not measured.
         keep: names of layers (nodes) that stay as they are.
         samples: how many calibration samples are used at most.
     """
@@ -46,11 +49,13 @@ class Cluster(Pass):
 
     bits: int = 8
     palette: bool = True
+    fidelity: float = 0.98
     keep: tuple[str, ...] = ()
     samples: int = 32
 
     def __post_init__(self) -> None:
         self.require(1 <= self.bits <= 8, f"bits={self.bits} must be between 1 and 8")
+        self.require(0 <= self.fidelity < 1, f"fidelity={self.fidelity} must be at least 0 and below 1")
         self.require(self.samples >= 1, f"samples={self.samples} must be at least 1")
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
@@ -60,20 +65,32 @@ class Cluster(Pass):
         if not weights:
             return Outcome(stats, skipped)
         before = model_io.deflated(model)
-        width = 8
-        if self.palette and self.bits <= 4 and raise_opset(model, OPSET) is None:
-            model.ir_version, width = max(model.ir_version, IR_VERSION), 4
-        written: dict[str, Weight] = {}
-        for group in with_moments(model, weights, ctx, self.samples):
+        judged = self.fidelity > 0 and not ctx.synthetic and len(ctx.calibration) > 0
+        fit, held_out = ctx.calibration.split(0.25) if judged else (ctx.calibration, ctx.calibration)
+        made: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for group in with_moments(model, weights, dataclasses.replace(ctx, calibration=fit), self.samples):
             for weight, moments in ctx.progress.track(group, total=len(group), label="cluster"):
                 stats["rounded"] += moments is not None
                 array = g.constant(weight.value)
                 assert array is not None
-                values, index = shared(weight, array, 2**self.bits, moments)
-                if self.palette:
-                    written[_write(model, weight, values, index, width)] = weight
-                else:
-                    g.set_constant(weight.value, values[index])
+                made[weight.value.name or ""] = shared(weight, array, 2**self.bits, moments)
+        if judged:
+            changed = {name: values[index] for name, (values, index) in made.items()}
+            kept = borne(model, changed, weights, held_out, self.fidelity, ctx)
+            del changed
+            weights = kept.weights
+            skipped += kept.skipped
+            stats |= {"weights": len(weights), "fidelity": kept.fidelity}
+        width = 8
+        if self.palette and weights and self.bits <= 4 and raise_opset(model, OPSET) is None:
+            model.ir_version, width = max(model.ir_version, IR_VERSION), 4
+        written: dict[str, Weight] = {}
+        for weight in weights:
+            values, index = made[weight.value.name or ""]
+            if self.palette:
+                written[_write(model, weight, values, index, width)] = weight
+            else:
+                g.set_constant(weight.value, values[index])
         g.remove_dead(model.graph)
         if self.palette:
             stats["looked_up_at_run_time"] = self._left(model, written, ctx, skipped)

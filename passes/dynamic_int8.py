@@ -15,6 +15,7 @@ from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.probe import noise
+from onnxslim.restoring import keep
 from onnxslim.saturation import saturates_here
 from onnxslim.units import NEVER, PRODUCTS, name_all_nodes
 
@@ -142,24 +143,15 @@ class _Search:
             other = runtime.load(self.insert(names), threads=self.ctx.threads)
             return noise([(e, list(other(f).values())) for e, f in zip(exact, self.feeds, strict=True)])
 
-        total = lost(chosen)
-        self.figures["fidelity"] = round(1 - total, 5)
-        if total <= budget:
-            return chosen
-        alone = {name: lost([name]) for name in self.ctx.progress.track(chosen, total=len(chosen), label="sensitivity")}
-        order = sorted(chosen, key=lambda n: (-alone[n], n))
-        low, high = 1, len(order)  # the number of layers to leave in float lies in [low, high]
-        while low < high:
-            middle = (low + high) // 2
-            if lost(order[middle:]) <= budget:
-                high = middle
-            else:
-                low = middle + 1
-        gone = set(order[:high])
-        self.reasons.update({n: f"on integers it alone takes {alone[n]:.2%} of an output's variance" for n in gone})
-        kept = [n for n in chosen if n not in gone]
-        self.figures["fidelity"] = round(1 - lost(kept), 5)
-        return kept
+        def alone(names: Sequence[str]) -> dict[str, float]:
+            tracked = self.ctx.progress.track(names, total=len(names), label="sensitivity")
+            return {name: lost([name]) for name in tracked}
+
+        kept = keep(chosen, budget, lost, alone)
+        self.figures["fidelity"] = round(1 - kept.noise, 5)
+        for name, noise_alone in kept.restored.items():
+            self.reasons[name] = f"on integers it alone takes {noise_alone:.2%} of an output's variance"
+        return kept.names
 
 
 def _spent(name: str, outputs: Sequence[str], times: Mapping[str, float]) -> float:

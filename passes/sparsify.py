@@ -15,13 +15,13 @@ from onnxslim import runtime
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
 from onnxslim.probe import noise
+from onnxslim.restoring import JUDGED
 from onnxslim.sparsity import Costs, Layer, Pattern
 from onnxslim.units import name_all_nodes
-from onnxslim.weights import Weight, find_weights, with_moments
+from onnxslim.weights import Weight, borne, find_weights, with_moments
 
-# Shares that are tried, and held-out samples that judge them.
+# Shares that are tried.
 SHARES = tuple(k / 20 for k in range(1, 20))
-JUDGED = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Sparsify(Pass):
             without a pattern: as many as keep the fidelity asked for.
         pattern: "2:4" leaves at most two of every four consecutive inputs of each output; any N:M with N below M.
         fidelity: share of the variance of each output that must survive, measured on held-out samples: 1 minus squared
-            error over variance. Only without ratio and pattern.
+            error over variance. With a ratio or pattern, layers stay as they are until it holds, the most harmful ones
+            first; 0 turns that off, and without calibration data it is not measured.
         keep: names of layers (nodes) that stay as they are.
         samples: how many calibration samples are used at most.
     """
@@ -63,7 +64,9 @@ class Sparsify(Pass):
             f'pattern={self.pattern!r} must be N:M with 0 < N < M, as "2:4"',
         )
         self.require(self.ratio is None or self.pattern is None, "give ratio or pattern, not both")
-        self.require(0 < self.fidelity < 1, f"fidelity={self.fidelity} must be between 0 and 1")
+        self.require(0 <= self.fidelity < 1, f"fidelity={self.fidelity} must be at least 0 and below 1")
+        asked = self.ratio is not None or self.pattern is not None
+        self.require(asked or self.fidelity > 0, "without ratio or pattern, fidelity says how many zeros there may be")
         self.require(self.samples >= 1, f"samples={self.samples} must be at least 1")
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
@@ -90,6 +93,12 @@ class Sparsify(Pass):
         else:
             found, stats["fidelity"] = self._search(model, work, held_out, ctx)
         before = model_io.deflated(model)
+        if not blind and self.fidelity and "fidelity" not in stats:
+            arrays = {value.name or "": array for value, array in found}
+            kept = borne(model, arrays, weights, held_out, self.fidelity, ctx)
+            found = [(weight.value, arrays[weight.value.name or ""]) for weight in kept.weights]
+            skipped += kept.skipped
+            stats |= {"sparse_layers": len(kept.weights), "fidelity": kept.fidelity}
         for value, array in found:
             g.set_constant(value, array)
         return Outcome(stats | _figures(model, weights, before, work, ctx), skipped)

@@ -76,7 +76,7 @@ def test_numbers_that_matter_more_draw_the_values() -> None:
 @pytest.mark.parametrize("bits", [3, 8])
 def test_weights_are_looked_up_once(bits: int) -> None:
     proto = layered()
-    model, outcome = apply(proto, Cluster(bits=bits))
+    model, outcome = apply(proto, Cluster(bits=bits, fidelity=0))
     assert outcome.stats["weights"] == len(WIDTHS)
     assert outcome.stats["rounded"] == 4
     assert outcome.stats["looked_up_at_run_time"] == 0
@@ -92,7 +92,7 @@ def test_weights_are_looked_up_once(bits: int) -> None:
 
 def test_without_a_palette_the_values_are_written() -> None:
     proto = layered()
-    model, outcome = apply(proto, Cluster(bits=4, palette=False, keep=("gemm",)))
+    model, outcome = apply(proto, Cluster(bits=4, palette=False, fidelity=0, keep=("gemm",)))
     assert [n.op_type for n in model.graph] == [n.op_type for n in model_io.load(proto).graph]
     for name in WIDTHS:
         array = constant(model.graph.initializers[name])
@@ -104,17 +104,32 @@ def test_without_a_palette_the_values_are_written() -> None:
 
 def test_data_make_it_better() -> None:
     proto = layered()
-    gaps = [gap(proto, apply(proto, Cluster(bits=3), synthetic)[0]) for synthetic in (False, True)]
+    gaps = [gap(proto, apply(proto, Cluster(bits=3, fidelity=0), synthetic)[0]) for synthetic in (False, True)]
     assert gaps[0] < 0.7 * gaps[1]
+
+
+@pytest.mark.parametrize("palette", [True, False])
+def test_layers_stay_as_they_are_until_the_outputs_bear_the_others(palette: bool) -> None:
+    proto = layered()
+    free, _ = apply(proto, Cluster(bits=1, palette=palette, fidelity=0))
+    model, outcome = apply(proto, Cluster(bits=1, palette=palette, fidelity=0.95))
+    assert gap(proto, free) ** 2 > 0.05
+    assert gap(proto, model) ** 2 < 0.08
+    assert outcome.stats["fidelity"] >= 0.95
+    named = [s.node for s in outcome.skipped if "of an output's variance" in s.reason]
+    assert named
+    assert outcome.stats["weights"] == len(WIDTHS) - len(named)
+    stored = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.UINT4]
+    assert len(stored) == (outcome.stats["weights"] if palette else 0)
 
 
 def test_zeros_stay_zeros() -> None:
     model = model_io.load(layered())
     samples = data.open_data(feeds(), data.input_specs(model))
     ctx = Context(calibration=samples, threads=1)
-    Sparsify(pattern="2:4").apply(model, ctx)
+    Sparsify(pattern="2:4", fidelity=0).apply(model, ctx)
     before = {n: constant(model.graph.initializers[n]) for n in WIDTHS}
-    Cluster(bits=4, palette=False).apply(model, ctx)
+    Cluster(bits=4, palette=False, fidelity=0).apply(model, ctx)
     for name, old in before.items():
         new = constant(model.graph.initializers[name])
         assert old is not None and new is not None

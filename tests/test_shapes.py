@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from node_corpus import cases, is_tensor, loaded, with_constants
 
 from onnxslim import model as model_io
-from onnxslim import symbolic
+from onnxslim import runtime, symbolic
 from onnxslim.graph import set_constant
 from onnxslim.shapes import Shapes
 
@@ -99,6 +99,24 @@ def test_sizes_stay_polynomials_through_shape_arithmetic() -> None:
     )
     n, m = symbolic.named("batch"), symbolic.named("sequence")
     assert shape == (n * m, 12, 64)
+
+
+def test_a_product_of_weights_in_blocks_has_as_many_columns_as_it_says() -> None:
+    weights = {"w": np.zeros((48, 3, 16), np.uint8), "s": np.ones(144, np.float32)}
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=96, N=48, bits=4,
+                               block_size=32)],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, "n", 96])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(a, n) for n, a in weights.items()],
+    )  # fmt: skip
+    imports = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = model_io.load(onnx.helper.make_model(graph, opset_imports=imports, ir_version=10))
+    shape = Shapes(model).run().fact(model.graph.outputs[0]).shape
+    assert shape is not None
+    want = runtime.load(model)({"x": np.zeros((2, 5, 96), np.float32)})["y"].shape
+    assert tuple(symbolic.evaluate(d, {"n": 5}) for d in shape) == want
 
 
 def test_declared_shapes_of_intermediate_values_are_not_believed() -> None:

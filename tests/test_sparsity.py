@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -101,7 +102,7 @@ def test_the_limit_leaves_the_ratio_below_it(costs: list[np.ndarray], ratio: flo
 @pytest.mark.parametrize(("kept", "of"), [(2, 4), (1, 4), (4, 8)])
 def test_patterns_hold_along_the_inputs_of_every_layer(kept: int, of: int) -> None:
     proto = layered()
-    model, outcome = apply(proto, Sparsify(pattern=f"{kept}:{of}"))
+    model, outcome = apply(proto, Sparsify(pattern=f"{kept}:{of}", fidelity=0))
     axes = {"conv_w": 1, "matmul_w": 0, "gemm_w": 1, "lstm_w": 2, "lstm_r": 2}
     found = arrays(model)
     for name, axis in axes.items():
@@ -114,7 +115,7 @@ def test_patterns_hold_along_the_inputs_of_every_layer(kept: int, of: int) -> No
 
 def test_ratios_are_of_all_layers_together() -> None:
     proto = layered()
-    model, outcome = apply(proto, Sparsify(ratio=0.5, keep=("gemm",)))
+    model, outcome = apply(proto, Sparsify(ratio=0.5, fidelity=0, keep=("gemm",)))
     assert outcome.stats["zeros"] == pytest.approx(0.5, abs=0.01)
     assert outcome.stats["refitted"] == 3
     old, new = arrays(model_io.load(proto)), arrays(model)
@@ -127,7 +128,7 @@ def test_ratios_are_of_all_layers_together() -> None:
 
 def test_data_make_it_better() -> None:
     proto = layered()
-    gaps = [gap(proto, apply(proto, Sparsify(ratio=0.5), synthetic)[0]) for synthetic in (False, True)]
+    gaps = [gap(proto, apply(proto, Sparsify(ratio=0.5, fidelity=0), synthetic)[0]) for synthetic in (False, True)]
     assert gaps[0] < 0.6 * gaps[1]
 
 
@@ -137,8 +138,24 @@ def test_as_many_zeros_as_the_outputs_bear(fidelity: float) -> None:
     model, outcome = apply(proto, Sparsify(fidelity=fidelity))
     assert outcome.stats["fidelity"] >= fidelity
     assert gap(proto, model) ** 2 < 3 * (1 - fidelity)
-    more, _ = apply(proto, Sparsify(ratio=min(outcome.stats["zeros"] + 0.2, 0.99)))
+    more, _ = apply(proto, Sparsify(ratio=min(outcome.stats["zeros"] + 0.2, 0.99), fidelity=0))
     assert gap(proto, more) ** 2 > 0.5 * (1 - fidelity)
+
+
+@pytest.mark.parametrize("options", [{"pattern": "1:4"}, {"ratio": 0.7}])
+def test_layers_stay_as_they_are_until_the_outputs_bear_the_others(options: dict[str, Any]) -> None:
+    proto = layered()
+    old = arrays(model_io.load(proto))
+    (free, all_of_it), (model, outcome) = (apply(proto, Sparsify(fidelity=f, **options)) for f in (0, 0.9))
+    assert "fidelity" not in all_of_it.stats
+    assert gap(proto, free) ** 2 > 0.1
+    assert gap(proto, model) ** 2 < 0.15
+    assert outcome.stats["fidelity"] >= 0.9
+    same = [name for name, array in arrays(model).items() if (array == old[name]).all()]
+    named = [s.node for s in outcome.skipped if "of an output's variance" in s.reason]
+    assert 0 < len(named) < all_of_it.stats["sparse_layers"]
+    assert outcome.stats["sparse_layers"] == all_of_it.stats["sparse_layers"] - len(named)
+    assert len(same) >= len(named)
 
 
 def test_nothing_is_guessed_without_data() -> None:
@@ -154,6 +171,7 @@ def test_nothing_is_guessed_without_data() -> None:
     [
         "sparsify(ratio=0)", "sparsify(ratio=1.0)", "sparsify(pattern='4:4')", "sparsify(pattern='half')",
         "sparsify(ratio=0.5, pattern='2:4')", "sparsify(fidelity=1.0)", "sparsify(samples=0)",
+        "sparsify(fidelity=0)",
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing(text: str) -> None:

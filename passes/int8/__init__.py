@@ -14,11 +14,13 @@ from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
-from onnxslim.passes.int8.accuracy import Judge
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.saturation import saturates_here
-from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes
+from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes, protect_pools
+
+# Share of an output's variance that integer kernels may take where nobody said what int8 may cost.
+NOISY = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Int8(Pass):
         reason = raise_opset(draft, 13)
         if reason is not None:
             return _nothing(layers, dict.fromkeys(layers, reason))
+        protect_pools(draft)
         name_all_nodes(draft)  # those that came with the operator set
         layers = _layers(draft)
         units, reasons = find_units(draft)
@@ -119,6 +122,7 @@ class Int8(Pass):
             blocked_layers = {x.name: f"stays in float: {x.reason}" for x in proof.layers if not x.kernel}
             reasons.update({n: reason for n, reason in blocked_layers.items() if n in products})
             stats |= {"integer_macs_fraction": round(proof.fraction, 4), "integer_kernels": proof.kernels}
+            stats["kernel_noise"] = self._kernel_noise(draft, held_out, figures["saturating"], ctx)
         model.graph = draft.graph
         return Outcome(stats | changed | figures, _skips(reasons))
 
@@ -132,6 +136,24 @@ class Int8(Pass):
             )
         return {"saturating": saturating, "narrowed": [n for n in ready.narrow if n in products]}
 
+    def _kernel_noise(self, model: ir.Model, held_out: Data, saturating: Sequence[str], ctx: Context) -> float:
+        """Noise that integer kernels add to what the file says; a warning where it is more than all of int8 may cost.
+
+        Fidelity was judged in exact arithmetic.
+        """
+        lost = accuracy.kernel_noise(model, held_out, ctx)
+        if lost > (1 - self.fidelity if self.fidelity else NOISY):
+            why = (
+                f", where the sums of {len(saturating)} layers saturate; int8(portable=true) keeps them small"
+                if saturating and saturates_here()
+                else ""
+            )
+            ctx.warnings.append(
+                f"int8: fidelity does not tell what the integer kernels of this machine do: they take {lost:.1%} of an "
+                f"output's variance beyond what the file says{why}"
+            )
+        return round(lost, 5)
+
     def _blocked(self, ctx: Context, target: str) -> str | None:
         """Why nothing can be done at all."""
         if ctx.synthetic:
@@ -143,7 +165,7 @@ class Int8(Pass):
     ) -> tuple[list[str], dict[str, Any]]:
         """The products that stay on integers; adds the others to ``reasons``."""
         figures: dict[str, Any] = {}
-        products, found, lost = accuracy.restore(Judge(model, ready, held_out, ctx), self.fidelity)
+        products, found, lost = accuracy.restore(model, ready, held_out, ctx, self.fidelity)
         reasons.update(found)
         figures["fidelity"] = round(1 - lost, 5)
         if products and timed:

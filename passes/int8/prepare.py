@@ -242,6 +242,8 @@ def _store(
     pairs = neighbours(unit.node, weight.shape, axis) if narrow else None
     params = weight_params(weight, axis, pairs=pairs, per_channel=per_channel)
     bias = constant(unit.node.inputs[2]) if len(unit.node.inputs) > 2 else None
+    if unit.bias is not None:  # a row behind a MatMul is stored as the bias of a Gemm
+        bias = next(a for v in unit.bias.inputs if (a := constant(v)) is not None)
     if bias is not None:
         channels = weight.shape[axis]
         params = widen_for_bias(params, np.broadcast_to(bias.reshape(-1), (channels,)), scale)

@@ -1,0 +1,40 @@
+"""`restoring`: what goes back so that the rest is borne, on noise that adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxslim.restoring import keep
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(0.001, 1.0), min_size=1, max_size=12),
+    st.floats(0.0, 3.0),
+    st.lists(st.floats(0.1, 10.0), min_size=12, max_size=12),
+)
+def test_the_budget_holds_and_nothing_more_fits(noises: list[float], budget: float, prices: list[float]) -> None:
+    alone = {f"layer{k}": n for k, n in enumerate(noises)}
+    price = dict(zip(alone, prices, strict=False))
+    trials = 0
+
+    def noise_of(names: Sequence[str]) -> float:
+        nonlocal trials
+        trials += 1
+        return sum(alone[n] for n in names)
+
+    found = keep(list(alone), budget, noise_of, lambda names: {n: alone[n] for n in names}, price.__getitem__)
+    assert noise_of(found.names) <= budget or not found.names
+    assert found.noise == noise_of(found.names)
+    assert sorted([*found.names, *found.restored]) == sorted(alone)
+    assert [n for n in alone if n in found.names] == found.names
+    assert all(found.restored[n] == alone[n] for n in found.restored)
+    if found.restored:
+        assert sum(noises) > budget
+        least = min(found.restored, key=lambda n: alone[n])
+        assert len(found.restored) == 1 or noise_of([*found.names, least]) > budget * (1 - 1e-9)
+    # Bisection: two searches of a dozen cost some ten trials, not one per choice.
+    assert trials < 16
