@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim import runtime, worker
+from onnxslim import rounds, runtime
 
 STEPS = (4, 8, 16, 32)
 FALLBACK = 8  # where the times say nothing
@@ -59,13 +59,13 @@ def here() -> int:
     def timer(widths: Sequence[int]) -> np.ndarray:
         calls = [_call(width) for width in widths]
         for call in calls:
-            worker.warm_up(call, 0.05)
-        return np.array(worker.interleave(calls, SECONDS, random.Random(0), single=[True] * len(calls))[0])
+            rounds.warm_up(call, 0.05)
+        return np.array(rounds.interleave(calls, SECONDS, random.Random(0), single=[True] * len(calls))[0])
 
     return smallest(timer)
 
 
-def _call(width: int) -> worker.Call:
+def _call(width: int) -> rounds.Call:
     """One pass of two convolutions of ``width`` channels, the second of which reads what suits the kernels best."""
     image = [1, width, EXTENT, EXTENT]
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(image))

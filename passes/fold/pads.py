@@ -3,7 +3,8 @@
 * Conv: zeros in front of and behind the spatial axes are what ``pads`` means. Always exact.
 * AveragePool: the same with ``count_include_pad=1``, when the pool itself pads nothing or counts its padding already.
 * MaxPool: its own padding never wins, so the padded value must never win either: it is the lowest number, or no larger
-  than anything the input can hold (0 behind a Relu) while every window still sees part of the input.
+  than anything the input can hold (0 behind a Relu) while every window still sees part of the input. What that part has
+  must be numbers: the maximum of minus infinity and padding differs between runtimes.
 
 Only constant padding by constant amounts, none of them negative, of spatial axes alone.
 """
@@ -20,6 +21,9 @@ from onnxslim.passes.fold.work import Work
 
 # Operators that hand on (some of) their input's elements unchanged.
 _MOVES = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "GlobalMaxPool", "Slice")
+# Operators whose result is finite whatever they read, and those that may make infinities of numbers.
+_BOUNDED = ("Sigmoid", "HardSigmoid", "Softmax", "Tanh", "Softsign", "Sin", "Cos")
+_INFINITE = ("Log", "Reciprocal")
 
 
 def absorb_pads(work: Work) -> None:
@@ -133,11 +137,31 @@ def _taken_over(
 
 def _never_wins(fill: float, source: ir.Value) -> bool:
     if fill == -np.inf:
-        return True
+        return not _made_infinite(source)
     if source.dtype in FLOATS and source.dtype is not None and fill <= limits(source.dtype).lowest:
         return True
     bound = lower_bound(source)
     return bound is not None and fill <= bound
+
+
+def _made_infinite(value: ir.Value) -> bool:
+    """Whether an operator or constant in front of ``value`` makes infinities on purpose (no mere overflow)."""
+    waiting, seen = [value], set[ir.Value]()
+    while waiting:
+        found = waiting.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        node = found.producer()
+        if node is None:
+            array = g.constant(found)
+            if array is not None and array.dtype.kind in "fV" and bool(np.isinf(array).any()):
+                return True
+        elif g.is_op(node, *_INFINITE) or (g.is_op(node, "Pad") and np.isinf(g.attribute(node, "value", 0.0))):
+            return True
+        elif not g.is_op(node, *_BOUNDED):
+            waiting += [v for v in node.inputs if v is not None]
+    return False
 
 
 def lower_bound(value: ir.Value | None) -> float | None:

@@ -81,6 +81,16 @@ def test_zeros_never_win_against_the_result_of_a_relu() -> None:
     assert operators(fold(model, feeds)) == ["Relu", "Pad", "MaxPool"]
 
 
+@pytest.mark.parametrize(("between", "folds"), [("Sigmoid", True), ("Neg", False), ("Relu", False)])
+def test_windows_of_nothing_but_infinities_stay_what_they_are(between: str, folds: bool) -> None:
+    parts = {"w": np.where(normal(1, 3, 6, 5) > 9, 0, -np.inf).astype(np.float32), "pads": np.array(SPATIAL, np.int64)}
+    parts["fill"] = np.float32(-np.inf)
+    nodes = [node("Mul", "x w", "h"), node(between, "h", "b"), node("Pad", "b pads fill", "p")]
+    nodes.append(node("MaxPool", "p", kernel_shape=[3, 3]))
+    model = net(nodes, {"x": [1, 3, 6, 5]}, parts)
+    assert ("Pad" not in operators(fold(model, {"x": np.abs(normal(1, 3, 6, 5)) + 1}))) == folds
+
+
 def test_indices_of_a_maximum_count_padded_elements() -> None:
     model, feeds = padded("MaxPool", SPATIAL, -np.inf)
     model.graph.node[-1].output.append("indices")
