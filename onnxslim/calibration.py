@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
+from scipy.linalg import blas
 
 from onnxslim import runtime
 from onnxslim.contract import Context
@@ -40,16 +41,18 @@ class Range:
 
 
 class Moments:
-    """Count, means and second moments of pairs of row vectors (x, z), in float64.
+    """Count, means and second moments of pairs of row vectors (x, z), summed in float64.
 
-    ``xz`` (p, q) is the sum of x zᵀ over all pairs, ``zz`` (q, q) that of z zᵀ; for a single vector x is z. Rows are
-    gathered until a product of matrices is worth its memory traffic.
+    For a single vector x is z. Rows are gathered until a product of matrices is worth its memory traffic, and products
+    are made of what rows differ from the mean of the first of them: in float32, variances that are small beside the
+    mean would be lost otherwise.
     """
 
     GATHER = 4096  # rows; a product in float32 of so many loses nothing that matters before it is added in float64
 
     def __init__(self) -> None:
         self.count = 0
+        self._from: dict[str, np.ndarray] = {}
         self._sums: dict[str, np.ndarray] = {}
         self._waiting: list[tuple[np.ndarray, np.ndarray | None]] = []
         self._rows = 0
@@ -64,48 +67,74 @@ class Moments:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        z = np.concatenate([pair[0] for pair in self._waiting])
+        pairs, self._waiting, self._rows = self._waiting, [], 0
+        z = self._centred("z", [pair[0] for pair in pairs])
         parts = {"z": z.sum(0, dtype=np.float64), "zz": z.T @ z}
-        if self._waiting[0][1] is not None:
-            x = np.concatenate([pair[1] for pair in self._waiting if pair[1] is not None])
+        if pairs[0][1] is not None:
+            x = self._centred("x", [pair[1] for pair in pairs if pair[1] is not None])
             parts |= {"x": x.sum(0, dtype=np.float64), "xz": x.T @ z}
+        self.count += len(z)
         for name, part in parts.items():
             if name in self._sums:
                 self._sums[name] += part
             else:
                 self._sums[name] = part.astype(np.float64)
-        self.count += len(z)
-        self._waiting, self._rows = [], 0
+
+    def _centred(self, name: str, rows: list[np.ndarray]) -> np.ndarray:
+        joined = np.concatenate(rows)
+        if name not in self._from:
+            mean = joined.mean(0, dtype=np.float64).astype(np.float32) if len(joined) else 0 * joined.sum(0)
+            self._from[name] = np.where(np.isfinite(mean), mean, 0).astype(np.float64)
+        joined -= self._from[name].astype(np.float32)
+        return joined
+
+    def _offset(self, name: str) -> np.ndarray:
+        """Mean of what rows differ."""
+        return self._sums[name] / max(self.count, 1)
 
     def mean(self, name: str = "z") -> np.ndarray:
         """Mean of ``z`` or ``x``."""
         self._flush()
-        return self._sums[name] / max(self.count, 1)
+        return self._from[name] + self._offset(name)
 
     def second(self, name: str = "zz") -> np.ndarray:
         """Mean of z zᵀ or x zᵀ, not centred."""
-        self._flush()
-        return self._sums[name] / max(self.count, 1)
+        return _plus(self.covariance(name), 1.0, self.mean(name[0]), self.mean("z"))
 
     def covariance(self, name: str = "zz") -> np.ndarray:
         """Centred second moments."""
-        return self.second(name) - np.outer(self.mean(name[0]), self.mean("z"))
+        self._flush()
+        return _plus(self._sums[name] / max(self.count, 1), -1.0, self._offset(name[0]), self._offset("z"))
 
     def joined(self, other: Moments) -> Moments:
         """The moments of the rows of both."""
         self._flush()
         other._flush()
+        if not self.count or not other.count:
+            return self if self.count else other
         result = Moments()
-        result.count = self.count + other.count
-        for sums in (self._sums, other._sums):
-            for name, part in sums.items():
-                result._sums[name] = result._sums[name] + part if name in result._sums else part
+        result.count, result._from = self.count + other.count, self._from
+        moved = {name: other._from[name] - start for name, start in self._from.items()}
+        for name, part in self._sums.items():
+            theirs = other._sums[name]
+            if len(name) == 1:
+                result._sums[name] = part + theirs + other.count * moved[name]
+                continue
+            left, right = name[0], name[1]
+            # Rows that differ by r from another start differ by r + d from this one.
+            total = _plus(part + theirs, 1.0, moved[left], other._sums[right] + other.count * moved[right])
+            result._sums[name] = _plus(total, 1.0, other._sums[left], moved[right])
         return result
 
     @property
     def empty(self) -> bool:
         """True when no row was seen."""
         return not self.count and not self._rows
+
+
+def _plus(matrix: np.ndarray, factor: float, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """``matrix + factor * outer(left, right)``, in place where ``matrix`` is in C order: these arrays can be large."""
+    return np.asarray(blas.dger(factor, right, left, a=matrix.T, overwrite_a=1).T)
 
 
 class RowMoments:

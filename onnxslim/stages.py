@@ -32,29 +32,29 @@ def cut(model: ir.Model, limit: int) -> list[Stage]:
     if any(value.producer() is None or not value.name for value in model.graph.outputs):
         return []
     nodes = list(model.graph)
-    last = {value: k for k, node in enumerate(nodes) for value in _reads(node)}
+    last = {value: k for k, node in enumerate(nodes) for value in reads(node)}
     finals = set(model.graph.outputs)
     bounds = [0]
     held: dict[ir.Value, int] = {}
     alive: set[ir.Value] = set()
     for k, node in enumerate(nodes):
-        held.update((v, v.const_value.nbytes) for v in _reads(node) if v.const_value is not None and is_constant(v))
+        held.update((v, v.const_value.nbytes) for v in reads(node) if v.const_value is not None and is_constant(v))
         alive |= {v for v in node.outputs if last.get(v, k) > k}
         alive = {v for v in alive if last[v] > k}
-        if sum(held.values()) >= limit and k + 1 < len(nodes) and all(map(_can_pass, alive)):
+        if sum(held.values()) >= limit and k + 1 < len(nodes) and all(map(can_pass, alive)):
             bounds.append(k + 1)
             held.clear()
     stages = []
     for start, end in zip(bounds, [*bounds[1:], len(nodes)], strict=True):
         inside = {v for node in nodes[start:end] for v in node.outputs}
-        reads = dict.fromkeys(v for node in nodes[start:end] for v in _reads(node))
-        takes = [v for v in reads if v not in inside and not is_constant(v)]
+        read = dict.fromkeys(v for node in nodes[start:end] for v in reads(node))
+        takes = [v for v in read if v not in inside and not is_constant(v)]
         gives = [v for v in inside if v in finals or last.get(v, -1) >= end]
-        stages.append(_part(model, [v.name or "" for v in takes], sorted(v.name or "" for v in gives)))
+        stages.append(part(model, [v.name or "" for v in takes], sorted(v.name or "" for v in gives)))
     return stages
 
 
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
+def reads(node: ir.Node) -> Iterator[ir.Value]:
     """What a node of the main graph reads, its subgraphs included (values of these too)."""
     yield from (v for v in node.inputs if v is not None)
     for graph in subgraphs(node):
@@ -63,12 +63,13 @@ def _reads(node: ir.Node) -> Iterator[ir.Value]:
         yield from (v for v in graph.outputs if v.graph is node.graph)
 
 
-def _can_pass(value: ir.Value) -> bool:
+def can_pass(value: ir.Value) -> bool:
+    """True where a value can be an input or output of a part: a tensor of known type."""
     return isinstance(value.type, ir.TensorType) and bool(value.name)
 
 
-def _part(model: ir.Model, takes: Sequence[str], gives: Sequence[str]) -> Stage:
-    """The part of a copy of ``model`` that makes ``gives`` out of ``takes``."""
+def part(model: ir.Model, takes: Sequence[str], gives: Sequence[str]) -> Stage:
+    """The part of a copy of ``model`` that makes ``gives`` out of ``takes``, values of the main graph."""
     clone = model.clone()
     graph = clone.graph
     own = {v.name for v in graph.inputs}

@@ -17,9 +17,11 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.linalg import blas
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # λ relative to the mean second moment
 RIDGE = 1e-2  # where there is nothing to choose it by
+BULK = 0.125  # share of columns of zeros from which on the matrices are made smaller
 CHECKS = 8  # points of a curve at which the error on other samples is computed
 
 
@@ -122,19 +124,23 @@ class _State:
     """
 
     def __init__(self, contribution: Contribution, count: int, ridge: float) -> None:
-        moments = contribution.moments
+        moments = np.asarray(contribution.moments, np.float64)
+        self.matrix = contribution.matrix
         self.first = contribution.products
         self.products = self.first.copy()
         self.energy = max(float(np.sum(self.first * moments)), 1e-30)
-        self.held = contribution.held
+        self.held = None if contribution.held is None else np.asarray(contribution.held, np.float32)
         self.held_energy = 0.0 if self.held is None else max(float(np.sum(self.first * self.held)), 1e-30)
-        self.moments = moments + ridge * np.mean(np.diag(moments)) * np.eye(len(moments))
+        self.moments = moments.copy()
+        self.moments.flat[:: len(moments) + 1] += ridge * np.mean(np.diag(moments))
         self.inverse = np.linalg.inv(self.moments)
-        self.units = contribution.units
         self.columns = [np.flatnonzero(contribution.units == unit) for unit in range(count)]
         self.gone = np.zeros(len(moments), bool)
         self.alive = np.ones(count, bool)
         self.scores = np.zeros(count)
+        # The products and the inverse have rows and columns for ``inside`` only: those that have left go out in bulk.
+        self.inside = np.arange(len(moments))
+        self.place = np.arange(len(moments))
         self._score()
 
     def _score(self) -> None:
@@ -143,7 +149,7 @@ class _State:
             members = [u for u, c in enumerate(self.columns) if len(c) == size and self.alive[u]]
             if not members:
                 continue
-            columns = np.stack([self.columns[u] for u in members])  # (units, size)
+            columns = self.place[np.stack([self.columns[u] for u in members])]  # (units, size)
             if size == 1:
                 own = columns[:, 0]
                 self.scores[members] = self.products[own, own] / np.maximum(self.inverse[own, own], 1e-30)
@@ -158,33 +164,51 @@ class _State:
     def remove(self, units: np.ndarray) -> float:
         """Take units out and let the others take over what they can; returns the relative error that this adds."""
         self.alive[units] = False
-        columns = np.concatenate([self.columns[u] for u in units])
-        if not len(columns):
+        leaving = np.concatenate([self.columns[u] for u in units])
+        if not len(leaving):
             return 0.0
+        columns = self.place[leaving]
         cross = self.inverse[:, columns]
         taken = np.linalg.solve(cross[columns], cross.T)
         rows = self.products[columns]
         cost = float(np.trace(np.linalg.solve(cross[columns], rows[:, columns]))) / self.energy
         half = rows - 0.5 * rows[:, columns] @ taken
-        self.products -= np.concatenate([taken, half]).T @ np.concatenate([half, taken])
-        self.inverse -= cross @ taken
-        # What has left stays in place as a column of zeros that no other column can lean on.
+        _subtract(self.products, np.concatenate([taken, half]).T, np.concatenate([half, taken]))
+        _subtract(self.inverse, cross, taken)
+        # What has left stays in place for a while as a column of zeros that no other column can lean on.
         for array in (self.products, self.inverse):
             array[columns] = 0
             array[:, columns] = 0
         self.inverse[columns, columns] = 1.0
-        self.gone[columns] = True
+        self.gone[leaving] = True
+        if self.gone[self.inside].mean() > BULK:
+            self._shrink()
         self._score()
         return max(cost, 0.0)
+
+    def _shrink(self) -> None:
+        stay = np.flatnonzero(~self.gone[self.inside])
+        self.inside = self.inside[stay]
+        self.place[self.inside] = np.arange(len(stay))
+        self.products, self.inverse = self.products[np.ix_(stay, stay)], self.inverse[np.ix_(stay, stay)]
 
     def held_error(self) -> float:
         """Relative squared error of the outputs on the samples held back, 0 without any."""
         if self.held is None or not self.gone.any():
             return 0.0
-        keep = ~self.gone
         # The outputs lose M_S z, z = x_S - H_SK (H_KK)⁻¹ x_K: what the others cannot take over.
-        lost = np.zeros((int(self.gone.sum()), len(keep)))
-        lost[:, self.gone] = np.eye(len(lost))
-        lost[:, keep] = -self.moments[np.ix_(self.gone, keep)] @ self.inverse[np.ix_(keep, keep)]
-        left = (lost @ self.held) @ lost.T
-        return float(np.sum(self.first[np.ix_(self.gone, self.gone)] * left)) / self.held_energy
+        gone, keep = np.flatnonzero(self.gone), np.flatnonzero(~self.gone)
+        factor = self.matrix[:, gone] if len(self.matrix) < len(gone) else np.eye(len(gone))
+        lost = np.zeros((len(factor), len(self.gone)))
+        lost[:, gone] = factor
+        kept = self.place[keep]
+        lost[:, keep] = -(factor @ self.moments[np.ix_(gone, keep)]) @ self.inverse[np.ix_(kept, kept)]
+        left = lost.astype(np.float32) @ self.held
+        weighed = lost if len(self.matrix) < len(gone) else self.first[np.ix_(gone, gone)] @ lost
+        return float(np.sum(weighed * left)) / self.held_energy
+
+
+def _subtract(array: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """Take ``left @ right`` off the symmetric ``array``, in place: a temporary would cost more than the product."""
+    done = blas.dgemm(-1.0, right.T, left.T, beta=1.0, c=array.T, overwrite_c=1)
+    assert np.may_share_memory(done, array)

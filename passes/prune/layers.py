@@ -43,6 +43,13 @@ class Layer:
         return self.channels * (1 if self.shared else self.taps)
 
     @property
+    def outputs(self) -> int:
+        """Number of outputs for an observation."""
+        value = self.site.node.inputs[self.site.weight]
+        assert value is not None and value.const_value is not None
+        return int(value.const_value.size) // (self.channels * self.taps)
+
+    @property
     def channel(self) -> np.ndarray:
         """Channel of each column, (columns,)."""
         return np.repeat(np.arange(self.channels), 1 if self.shared else self.taps)
@@ -114,6 +121,10 @@ class Layer:
         name = self.site.node.outputs[0].name
         return next(n for n in walk(model.graph) if n.outputs[0].name == name)
 
+    def place(self, model: ir.Model) -> int:
+        """Position of this layer's node in the main graph of ``model``."""
+        return list(model.graph).index(self.node(model))
+
     @property
     def data(self) -> str:
         """Name of the input that carries the channels."""
@@ -134,7 +145,7 @@ class Layer:
         node = self.node(model)
         if self.biased:
             value = node.inputs[2] if len(node.inputs) > 2 else None
-            out = len(self.matrix(model))
+            out = self.outputs
             if value is None:
                 dtype = np.asarray(constant(self.weight(model))).dtype
                 value = add_constant(model.graph, f"{node.outputs[0].name}_bias", np.zeros(out, dtype))
@@ -149,7 +160,7 @@ class Layer:
         value = user.inputs[1] if user.inputs[0] is node.outputs[0] else user.inputs[0]
         if not is_constant(value) or value is None or len(value.uses()) != 1 or value.shape is None:
             return None
-        return value if value.shape.numpy() == (len(self.matrix(model)),) and self.site.data == 0 else None
+        return value if value.shape.numpy() == (self.outputs,) and self.site.data == 0 else None
 
     def stated(self, model: ir.Model) -> np.ndarray | float:
         """What ``model`` adds in the place of `bias`, 0 where it has none."""

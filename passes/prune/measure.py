@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,10 +14,10 @@ from onnxslim.channels import Labels
 from onnxslim.contract import Context
 from onnxslim.coupling import Coupling, Family, Site
 from onnxslim.data import Data
-from onnxslim.graph import attribute, constant, set_constant
+from onnxslim.frontier import Frontier
+from onnxslim.graph import attribute, by_output, constant, set_constant, subgraphs
 from onnxslim.passes.prune.importance import RIDGE, Contribution
 from onnxslim.passes.prune.layers import Layer, layer
-from onnxslim.variants import Variants
 
 ROWS = 24_000  # observations per contraction
 
@@ -25,6 +25,8 @@ ROWS = 24_000  # observations per contraction
 @dataclasses.dataclass
 class Factor:
     """A contraction as a matrix (out, n) over its channels, with the second moments (n, n) of what it reads.
+
+    Moments are kept in float32: they are summed in float64, and all layers have theirs at once.
 
     Attributes:
         moments, held: of the samples that are fitted, and of those held back (about the mean of the former).
@@ -48,24 +50,39 @@ def factors(
     """Measure every contraction that some family feeds, in one pass over the calibration data."""
     sites = {id(site): site for family in families for site in family.sites}
     limit = max(-(-ROWS // max(len(fit), 1)), 16)
-    parts: list[dict[tuple[str, int], Moments]] = []
-    for data in (fit, held_out):
-        statistics: dict[tuple[str, int], RowMoments] = {}
-        for site in sites.values():
-            for value, axis, rank in _operands(site):
-                statistics.setdefault((value, axis - rank), RowMoments(_rows(axis, limit)))
-        attached: dict[str, list[RowMoments]] = {}
-        for (value, _), statistic in statistics.items():
-            attached.setdefault(value, []).append(statistic)
-        collect(coupled.model, attached, ctx, data=data, label="measure channels")
-        parts.append({key: s.moments for key, s in statistics.items()})
-    return {site: _factor(site, *parts) for site in sites.values()}
+    parts = [_moments(coupled.model, sites.values(), limit, data, ctx) for data in (fit, held_out)]
+    last = {key: site for site in sites.values() for key in _keys(site)}
+    result = {}
+    for site in sites.values():
+        result[site] = _factor(site, *parts)
+        for key in _keys(site):
+            if last[key] is site:  # what is summed in float64 is given back as soon as nothing reads it
+                for part in parts:
+                    part.pop(key, None)
+    return result
+
+
+def _moments(
+    model: ir.Model, sites: Iterable[Site], limit: int, data: Data, ctx: Context
+) -> dict[tuple[str, int], Moments]:
+    """Of what ``sites`` read, at most ``limit`` rows per sample; filed under `_keys`."""
+    statistics: dict[tuple[str, int], RowMoments] = {}
+    for site in sites:
+        for key, (_, axis, _) in zip(_keys(site), _operands(site), strict=True):
+            statistics.setdefault(key, RowMoments(_rows(axis, limit)))
+    attached: dict[str, list[RowMoments]] = {}
+    for (value, _), statistic in statistics.items():
+        attached.setdefault(value, []).append(statistic)
+    collect(model, attached, ctx, data=data, label="measure channels")
+    return {key: s.moments for key, s in statistics.items()}
 
 
 def contributions(coupled: Coupling, family: Family, measured: Mapping[Site, Factor]) -> list[Contribution]:
     """What the contractions that read ``family`` say about its units."""
     return [
-        Contribution(factor.matrix, factor.moments, units(coupled, family, site.labels), factor.held)
+        Contribution(
+            np.asarray(factor.matrix, np.float64), factor.moments, units(coupled, family, site.labels), factor.held
+        )
         for site in family.sites
         for factor in [measured[site]]
     ]
@@ -133,32 +150,50 @@ def sensitivity(
 
     The layers that read them are refitted in closed form from their own moments, as the whole network will be later.
     """
-    model = coupled.model
-    runner = runtime.load(model, threads=ctx.threads)
+    runner = runtime.load(coupled.model, threads=ctx.threads)
     expected = [runtime.run(runner, feed) for feed in data.feeds()]
-    trial = model.clone()
+    whole = coupled.model.clone()
     # Whatever a removal adds to the graph is there from the start: then only weights change from one to the next.
-    masks = coupling.add_masks(trial, [site for site in coupled.sites if site.weight < 0])
+    masks = coupling.add_masks(whole, [site for site in coupled.sites if site.weight < 0])
     for factor in measured.values():
         if factor.layer is not None:
-            factor.layer.bias(trial)
-    variants = Variants(trial, threads=ctx.threads)
-    result = []
-    for atoms in ctx.progress.track(removals, total=len(removals), label="try families"):
-        if not len(atoms):
-            result.append(0.0)
-            continue
-        gone = coupled.removed(atoms)
-        coupling.mask(trial, coupled.sites, gone, masks)
+            factor.layer.bias(whole)
+    first = _places(whole, coupled, masks)
+    errors = np.zeros(len(removals))
+    frontier = Frontier(data, threads=ctx.threads)
+    places = {k: first(coupled.removed(atoms)) for k, atoms in enumerate(removals) if len(atoms)}
+    # In the order of the graph: what lies in front of a family is run once for all that come behind it.
+    for k in ctx.progress.track(sorted(places, key=places.__getitem__), total=len(places), label="try families"):
+        trial = whole.clone()
+        gone = coupled.removed(removals[k])
+        own = {site: trial.graph.initializers[value.name or ""] for site, value in masks.items()}
+        coupling.mask(trial, coupled.sites, gone, own)
         for site, factor in measured.items():
             removed = gone(site.labels)
             if factor.layer is not None and removed.any():
                 compensate(trial, factor, removed)
-        runner = variants.load()
-        variants.restore()
-        errors = [output_error(e, runtime.run(runner, f)) for e, f in zip(expected, data.feeds(), strict=True)]
-        result.append(float(np.mean(errors)))
-    return result
+        frontier.advance(whole, places[k])
+        behind = {value for node in list(trial.graph)[frontier.place :] for value in node.outputs}
+        part = frontier.part(trial, [value.name or "" for value in trial.graph.outputs if value in behind])
+        runner = runtime.load(part, threads=ctx.threads)
+        got = (runtime.run(runner, feed) for feed in frontier.feeds())
+        errors[k] = np.mean([output_error(e, {**e, **some}) for e, some in zip(expected, got, strict=True)])
+    return errors.tolist()
+
+
+def _places(
+    model: ir.Model, coupled: Coupling, masks: Mapping[Site, ir.Value]
+) -> Callable[[Callable[[Labels], np.ndarray]], int]:
+    """A function from a removal to the position of the first node of the main graph that it changes."""
+    place = {node: k for k, node in enumerate(model.graph)}
+    place |= {n: k for node, k in place.items() for body in subgraphs(node) for n in body.all_nodes()}
+    nodes = by_output(model.graph)
+    earliest: dict[Site, int] = {}
+    for site in coupled.sites:
+        value = masks[site] if site.weight < 0 else nodes[site.node.outputs[0].name or ""].inputs[site.weight]
+        assert value is not None
+        earliest[site] = min(place[use.node] for use in value.uses())
+    return lambda gone: min((k for site, k in earliest.items() if gone(site.labels).any()), default=0)
 
 
 def output_error(expected: Mapping[str, object], got: Mapping[str, object]) -> float:
@@ -181,14 +216,15 @@ def compensate(model: ir.Model, factor: Factor, removed: np.ndarray, *, every: b
     if item is None or removed.all():
         return
     keep = ~removed
-    moments = factor.every if every else factor.moments
+    moments = np.asarray(factor.every if every else factor.moments, np.float64)
     kept = moments[np.ix_(keep, keep)]
     ridge = factor.ridge * max(float(np.mean(np.diag(kept))), 1e-12)
-    right = factor.matrix @ moments[:, keep] + ridge * factor.matrix[:, keep]
-    fitted = np.zeros_like(factor.matrix)
+    matrix = np.asarray(factor.matrix, np.float64)
+    right = matrix @ moments[:, keep] + ridge * matrix[:, keep]
+    fitted = np.zeros_like(matrix)
     fitted[:, keep] = np.linalg.solve(kept + ridge * np.eye(len(kept)), right.T).T
     taps = item.taps
-    shift = (factor.matrix - fitted).reshape(-1, taps, len(keep)).sum(axis=1) @ factor.mean
+    shift = (matrix - fitted).reshape(-1, taps, len(keep)).sum(axis=1) @ factor.mean
     item.write(model, np.moveaxis(fitted.reshape(-1, taps, len(keep)), 1, 2).reshape(-1, taps * len(keep)))
     bias = item.bias(model)
     if bias is not None:
@@ -214,6 +250,11 @@ def _operands(site: Site) -> list[tuple[str, int, int]]:
     return found
 
 
+def _keys(site: Site) -> list[tuple[str, int]]:
+    """What the moments of the operands are filed under: values, with the axis counted from the end."""
+    return [(value, axis - rank) for value, axis, rank in _operands(site)]
+
+
 def _rows(axis: int, limit: int) -> Callable[[np.ndarray], np.ndarray]:
     """Turn a value into at most ``limit`` rows over the channels of ``axis``."""
 
@@ -225,13 +266,13 @@ def _rows(axis: int, limit: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tuple[str, int], Moments]) -> Factor:
-    found = [(fit[value, axis - rank], held[value, axis - rank]) for value, axis, rank in _operands(site)]
+    found = [(fit[key], held[key]) for key in _keys(site)]
     n = len(site.labels)
     if any(m.empty for pair in found for m in pair):
         # Nothing is known of what it reads: channels are then told by their weights alone.
         even = np.eye(n)
-        weight = np.ones((1, n)) if site.weight < 0 else constant(site.node.inputs[site.weight])
-        return Factor(_matrix(np.asarray(weight, np.float64), site), even, None, even, np.zeros(n), None)
+        weight = np.ones((1, n)) if site.weight < 0 else np.asarray(constant(site.node.inputs[site.weight]))
+        return Factor(_matrix(weight, site), even, None, even, np.zeros(n), None)
     both = [a.joined(b) for a, b in found]
     mean = both[0].mean()
     if site.weight < 0:
@@ -239,11 +280,12 @@ def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tu
         moments, judge, every = (
             np.prod([m.second() for m in each], axis=0) for each in (*zip(*found, strict=True), both)
         )
-        return Factor(np.ones((1, n)), moments, judge, every, mean, None)
-    weight = np.asarray(constant(site.node.inputs[site.weight]), np.float64)
+        return Factor(np.ones((1, n)), _lean(moments), _lean(judge), _lean(every), mean, None)
+    weight = np.asarray(constant(site.node.inputs[site.weight]))
     own, other = found[0]
     moved = other.mean() - own.mean()
-    moments, judge, every = own.covariance(), other.covariance() + np.outer(moved, moved), both[0].covariance()
+    moments, judge, every = _lean(own.covariance()), _lean(other.covariance()), _lean(both[0].covariance())
+    judge += np.outer(moved, moved)
     matrix = _matrix(weight, site)
     if _side_by_side(site):
         group = np.arange(n) // (n // site.groups)
@@ -251,6 +293,10 @@ def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tu
         apart = group[:, None] == group[None]
         return Factor(matrix, moments * apart, judge * apart, every * apart, mean, None)
     return Factor(matrix, moments, judge, every, mean, layer(site))
+
+
+def _lean(moments: np.ndarray) -> np.ndarray:
+    return moments.astype(np.float32)
 
 
 def _side_by_side(site: Site) -> bool:

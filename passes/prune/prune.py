@@ -360,30 +360,28 @@ class Prune(Pass):
         layers = [found for site in coupled.sites if (found := layer(site)) is not None]
         masked = model.clone()
         coupling.mask(masked, coupled.sites, gone)
-        before = _error(model, masked, held_out, ctx)
-        outcome.stats["error_masked"] = before
-        if not self.refit or ctx.synthetic or not layers:
-            return masked, before
-        best, error, changed = masked, before, 0
-        closed = masked.clone()
-        for site, factor in measured.items():
-            if factor.layer is not None and (removed := gone(site.labels)).any():
-                measure.compensate(closed, factor, removed, every=True)
-        trials = [(closed, len(measured), "closed")]
-        if len(ctx.calibration) > 1:  # with a single sample nothing could tell a good refit from a bad one
-            moved = _moved(model, coupled, layers, gone)
-            refitted = closed.clone()
-            count = refit(model, refitted, moved, lambda item: gone(item.site.labels), fit, held_out, ctx)
-            trials.append((refitted, count, "refitted"))
-        for trial, layers_changed, name in trials:
-            after = _error(model, trial, held_out, ctx)
-            outcome.stats[f"error_{name}"] = after
-            if after < error:
-                best, error, changed = trial, after, layers_changed
+        trials = [(masked, 0, "masked")]
+        if self.refit and not ctx.synthetic and layers:
+            closed = masked.clone()
+            for site, factor in measured.items():
+                if factor.layer is not None and (removed := gone(site.labels)).any():
+                    measure.compensate(closed, factor, removed, every=True)
+            trials.append((closed, len(measured), "closed"))
+            if len(ctx.calibration) > 1:  # with a single sample nothing could tell a good refit from a bad one
+                moved = _moved(model, coupled, layers, gone)
+                refitted = closed.clone()
+                count = refit(model, refitted, moved, lambda item: gone(item.site.labels), fit, held_out, ctx)
+                trials.append((refitted, count, "refitted"))
+        errors = _errors(model, [trial for trial, _, _ in trials], held_out, ctx)
+        outcome.stats.update({f"error_{name}": error for (_, _, name), error in zip(trials, errors, strict=True)})
+        least = min(range(len(trials)), key=lambda k: (not np.isfinite(errors[k]), errors[k]))
+        best, changed, _ = trials[least]
+        if len(trials) == 1:
+            return best, errors[0]
         outcome.stats["refitted"] = changed
         if best is masked:
-            outcome.skipped.append(Skip("*", f"refitting was dropped: it does not lower the error of {before:.3g}"))
-        return best, error
+            outcome.skipped.append(Skip("*", f"refitting was dropped: it does not lower the error of {errors[0]:.3g}"))
+        return best, errors[least]
 
 
 def _matches(pattern: str, family: Family) -> bool:
@@ -429,7 +427,11 @@ def _copy_weights(source: ir.Model, coupled: Coupling) -> None:
         coupled.labels[value] = [coupled.labels[own_node.outputs[0]][1]]  # it shrinks like the output
 
 
-def _error(original: ir.Model, candidate: ir.Model, data: Data, ctx: Context) -> float:
-    """Relative squared error of the outputs, mean over samples."""
-    runners = [runtime.load(m, threads=ctx.threads) for m in (original, candidate)]
-    return float(np.mean([measure.output_error(*(runtime.run(r, feed) for r in runners)) for feed in data.feeds()]))
+def _errors(original: ir.Model, candidates: Sequence[ir.Model], data: Data, ctx: Context) -> list[float]:
+    """Relative squared error of the outputs of each candidate, mean over samples."""
+    first, *others = (runtime.load(m, threads=ctx.threads) for m in (original, *candidates))
+    errors = []
+    for feed in data.feeds():
+        want = runtime.run(first, feed)
+        errors.append([measure.output_error(want, runtime.run(runner, feed)) for runner in others])
+    return [float(np.mean(each)) for each in zip(*errors, strict=True)]

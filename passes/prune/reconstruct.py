@@ -19,16 +19,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from scipy import linalg
 
-from onnxslim import runtime
 from onnxslim.calibration import Moments
 from onnxslim.contract import Context
 from onnxslim.data import Data
+from onnxslim.frontier import Frontier
 from onnxslim.graph import constant, set_constant
 from onnxslim.passes.prune.layers import Layer
 
-MEMORY = 1_000_000_000  # bytes of second moments, and as many of targets, held at a time
-PASSES = 48  # forward passes over the data, at most: layers are refitted in this many turns
+MEMORY = 400_000_000  # bytes of second moments, and as many of targets, held at a time
+TURNS = 64  # layers are refitted in this many turns, at most, where memory allows it
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # λ relative to the mean variance; which one, held-out samples decide
 STILL = 1e-3  # share of the mean square below which a variance is not told from noise
 ROWS = 8  # observations per column, and at least 8192
@@ -52,19 +53,20 @@ def refit(
         held_out: samples that choose λ for each layer, infinity (only the bias moves) among the choices.
     """
     changed = 0
-    turns = _turns(layers, lambda layer: 16 * layer.columns**2, -(-len(layers) // PASSES))
+    turns = _turns(layers, lambda layer: 16 * layer.columns**2, -(-len(layers) // TURNS))
     parts = [part for part in (fit, held_out) if len(part)]
+    wanted, given = ([Frontier(part, threads=ctx.threads) for part in parts] for _ in range(2))
     targets: dict[Layer, _Targets] = {}
     for k, turn in enumerate(ctx.progress.track(turns, total=len(turns), label="reconstruct")):
         if turn[0] not in targets:
-            ahead = [layer for later in turns[k:] for layer in later]
-            chunk = _turns(ahead, lambda x: 4 * _limit(x, fit) * len(fit) * len(x.matrix(original)), len(ahead))[0]
-            targets = _targets(original, [*turn, *(layer for layer in chunk if layer not in turn)], parts, fit, ctx)
+            ahead = _together(turns[k:], lambda x: 4 * _limit(x, fit) * len(fit) * x.outputs)
+            behind = turns[k + len(ahead)][0].place(original) if k + len(ahead) < len(turns) else 0
+            targets = _targets(original, [layer for turn in ahead for layer in turn], wanted, fit, behind)
         moments = {layer: [Moments() for _ in parts] for layer in turn}
         residuals = [name for layer in turn if (name := targets[layer].residual)]
-        for p, part in enumerate(parts):
-            values = runtime.tap(pruned, [*(x.data for x in turn), *residuals], part.feeds(), threads=ctx.threads)
-            for s, z in enumerate(values):
+        for p, frontier in enumerate(given):
+            frontier.advance(pruned, turn[0].place(pruned))
+            for s, z in enumerate(frontier.tap(pruned, [*(x.data for x in turn), *residuals])):
                 for layer in turn:
                     limit = _limit(layer, fit)
                     target = targets[layer].rows[p][s]
@@ -72,7 +74,8 @@ def refit(
                         target = target - layer.output_rows(z[name], limit, s)
                     moments[layer][p].add(layer.rows(z[layer.data], limit, s), target)
         for layer in turn:
-            changed += _solve(original, pruned, layer, moments[layer], removed(layer))
+            targets.pop(layer)
+            changed += _solve(original, pruned, layer, moments.pop(layer), removed(layer))
     return changed
 
 
@@ -85,16 +88,16 @@ class _Targets:
 
 
 def _targets(
-    original: ir.Model, layers: Sequence[Layer], parts: Sequence[Data], fit: Data, ctx: Context
+    original: ir.Model, layers: Sequence[Layer], frontiers: Sequence[Frontier], fit: Data, behind: int
 ) -> dict[Layer, _Targets]:
-    """Run the original once for many layers."""
+    """Run the original once for many layers, up to the node ``behind`` them."""
     result = {}
     for layer in layers:
-        result[layer] = _Targets(None if layer.shared else layer.residual(), [[] for _ in parts])
+        result[layer] = _Targets(None if layer.shared else layer.residual(), [[] for _ in frontiers])
     names = [layer.data if layer.shared else layer.output for layer in layers]
     residuals = [targets.residual for targets in result.values() if targets.residual]
-    for p, part in enumerate(parts):
-        for s, x in enumerate(runtime.tap(original, [*names, *residuals], part.feeds(), threads=ctx.threads)):
+    for p, frontier in enumerate(frontiers):
+        for s, x in enumerate(frontier.tap(original, [*names, *residuals], behind)):
             for layer, name in zip(layers, names, strict=True):
                 limit = _limit(layer, fit)
                 rows = layer.rows(x[name], limit, s) if layer.shared else layer.output_rows(x[name], limit, s)
@@ -123,6 +126,12 @@ def _turns(layers: Sequence[Layer], size: Callable[[Layer], int], most: int) -> 
     return turns
 
 
+def _together(turns: Sequence[list[Layer]], size: Callable[[Layer], int]) -> Sequence[list[Layer]]:
+    """The first of ``turns``, as many as have `MEMORY` bytes of ``size`` together, and at least one."""
+    used = np.cumsum([sum(map(size, turn)) for turn in turns])
+    return turns[: max(1, int(np.searchsorted(used, MEMORY, side="right")))]
+
+
 @dataclasses.dataclass
 class _Normal:
     """The normal equations of one layer: centred where it has a bias to move."""
@@ -141,7 +150,29 @@ class _Normal:
 
     def loss(self, matrix: np.ndarray) -> float:
         """E|t - V z|² less E|t|², which no V changes."""
-        return float(np.sum((matrix @ self.zz) * matrix) - 2 * np.sum(matrix * self.tz))
+        used = np.flatnonzero(matrix.any(axis=0))
+        some = matrix[:, used]
+        # Losses are compared with each other: what float32 leaves out makes no choice better or worse.
+        product = some.astype(np.float32) @ self.zz[np.ix_(used, used)].astype(np.float32)
+        return float(np.sum(product * some) - 2 * np.sum(some * self.tz[:, used]))
+
+
+def _fitted(normal: _Normal, old: np.ndarray, keep: np.ndarray, ridge: float) -> np.ndarray | None:
+    """V with zeros where not ``keep``; None where λ is too small for the equations to say anything."""
+    kept = normal.zz[np.ix_(keep, keep)]
+    kept.flat[:: len(kept) + 1] += ridge
+    right = normal.tz[:, keep] + ridge * old[:, keep]
+    try:
+        # The transpose of a symmetric matrix is itself, and in the order of LAPACK.
+        factor = linalg.cho_factor(kept.T, lower=True, overwrite_a=True, check_finite=False)
+    except linalg.LinAlgError:
+        return None
+    solved = linalg.cho_solve(factor, right.T, overwrite_b=True, check_finite=False)
+    if not np.isfinite(solved).all():
+        return None
+    result = np.zeros_like(old)
+    result[:, keep] = solved.T
+    return result
 
 
 def _solve(original: ir.Model, pruned: ir.Model, layer: Layer, moments: Sequence[Moments], removed: np.ndarray) -> bool:
@@ -155,27 +186,20 @@ def _solve(original: ir.Model, pruned: ir.Model, layer: Layer, moments: Sequence
     # For a shared layer t is the original observation x itself and V mixes channels: x ≈ V z_K, the same for every tap.
     old = np.eye(layer.channels) if layer.shared else layer.matrix(pruned)
     old = np.where(keep, old, 0.0)
-    kept = fit.zz[np.ix_(keep, keep)]
     # An input that hardly varies about its mean says nothing about slopes, however exactly it can be fitted.
-    second = np.diag(kept) + fit.z[keep] ** 2
-    scale = max(float(np.mean(np.diag(kept))), STILL * float(np.mean(second)), 1e-12)
-    values, vectors = np.linalg.eigh(kept)
+    variance = np.diag(fit.zz)[keep]
+    scale = max(float(np.mean(variance)), STILL * float(np.mean(variance + fit.z[keep] ** 2)), 1e-12)
     best, chosen = judge.loss(old), np.inf
     for ridge in RIDGES:
-        right = fit.tz[:, keep] + ridge * scale * old[:, keep]
-        trial = np.zeros_like(old)
-        trial[:, keep] = (right @ vectors / (np.maximum(values, 0) + ridge * scale)) @ vectors.T
-        loss = judge.loss(trial)
-        if np.isfinite(trial).all() and loss < best:
+        trial = _fitted(fit, old, keep, ridge * scale)
+        loss = judge.loss(trial) if trial is not None else np.inf
+        if loss < best:
             best, chosen = loss, ridge
     # What held-out samples have decided, all samples are fitted with.
+    del equations, fit, judge
     every = _Normal.of(functools.reduce(Moments.joined, moments), bias is not None, layer.columns)
-    fitted = old
-    if np.isfinite(chosen):
-        kept = every.zz[np.ix_(keep, keep)]
-        right = every.tz[:, keep] + chosen * scale * old[:, keep]
-        fitted = np.zeros_like(old)
-        fitted[:, keep] = np.linalg.solve(kept + chosen * scale * np.eye(len(kept)), right.T).T
+    final = _fitted(every, old, keep, chosen * scale) if np.isfinite(chosen) else None
+    fitted = old if final is None else final
     if layer.shared:
         taps = matrix.reshape(len(matrix), layer.channels, layer.taps)
         new = np.einsum("oct,ck->okt", taps, fitted)

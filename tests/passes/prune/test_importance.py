@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +44,29 @@ def test_the_first_to_leave_is_the_cheapest(seed: int, channels: int) -> None:
     found = order([Contribution(matrix, x.T @ x / len(x), np.arange(channels))], channels, limit=1, ridges=[1e-6])
     costs = [_left(x, matrix, [c for c in range(channels) if c != gone]) for gone in range(channels)]
     assert costs[found.units[0]] <= min(costs) * 1.1 + 0.01
+
+
+@given(st.integers(0, 1000), st.integers(4, 12), st.sampled_from([1, 3, 30]))
+@settings(max_examples=30, deadline=None)
+def test_errors_on_samples_held_back_are_those_of_the_layer_fitted_without_them(
+    seed: int, channels: int, out: int
+) -> None:
+    x, matrix = _data(seed, channels, out)
+    other, _ = _data(seed + 1, channels)
+    moments, held, ridge = x.T @ x / len(x), other.T @ other / len(other), 1e-2
+    told = Contribution(matrix, moments, np.arange(channels), held)
+    found = order([told], channels, limit=channels - 1, ridges=[ridge])
+    damped = moments + ridge * np.mean(np.diag(moments)) * np.eye(channels)
+    wanted = []
+    for m in range(1, channels):
+        gone, keep = found.units[:m], [c for c in range(channels) if c not in found.units[:m]]
+        lost = matrix.copy()
+        lost[:, keep] = -matrix[:, gone] @ np.linalg.solve(damped[np.ix_(keep, keep)], damped[np.ix_(keep, gone)]).T
+        wanted.append(np.sum((lost @ held) * lost) / np.sum((matrix @ held) * matrix))
+    # Up to 8 points of the curve are computed, and it never falls.
+    assert found.error[-1] == pytest.approx(max(wanted), rel=1e-3, abs=1e-6)
+    if channels <= 9:
+        np.testing.assert_allclose(found.error, np.maximum.accumulate(wanted), rtol=1e-3, atol=1e-6)
 
 
 def test_a_copy_and_a_dead_channel_cost_nothing() -> None:
