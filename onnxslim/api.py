@@ -11,12 +11,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxslim import cost, doctor, integer, metrics, pipeline, repro, runtime, timing, verify
+from onnxslim import cost, doctor, integer, judging, metrics, pipeline, repro, runtime, timing, verify
 from onnxslim import custom_ops as libraries
-from onnxslim import data as data_io
 from onnxslim import details as extras
 from onnxslim import model as model_io
-from onnxslim.checks import Budget, Checks, check_samples, generated
+from onnxslim.checks import Budget, Checks, check_samples
 from onnxslim.contract import Context, Effect, NoProgress, Pass, Progress
 from onnxslim.data import Data, Sample, Source
 from onnxslim.errors import CheckError, DataError, ModelError, UsageError
@@ -24,9 +23,8 @@ from onnxslim.report import Report, plain
 
 # Nobody who asked for nothing should find another operator set in the result.
 DEFAULT_PASSES = "simplify,fold,fuse(opset=0)"
-# Samples that are generated without data, that check a lossless pass, and that latency is measured on.
-_SYNTHETIC, _CHECKED, _TIMED = 8, 3, 8
-_HELD_OUT = 0.25
+# Samples that check a lossless pass, and that latency is measured on.
+_CHECKED, _TIMED = 3, 8
 _BENCH_LOSSY, _BENCH_LOSSLESS = 3.0, 1.0
 
 Shapes = Mapping[str, Sequence[int]]
@@ -79,6 +77,7 @@ def optimize(
     details: bool = False,
     require_int8: str | None = None,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
+    own: bool = True,
 ) -> Result:
     """Run ``passes`` over ``model``, each checked and undone when it breaks its promise; ``model`` is not changed.
 
@@ -105,6 +104,7 @@ def optimize(
             the CPU provider; ``exit_code`` is 1 when fewer do, and the report names the layers that do not.
         custom_ops: libraries of custom operators, registered with every session. No pass changes such an operator or
             what depends on knowing what it does.
+        own: read the weights that stayed into memory, so that the file ``model`` may change or go before the result.
 
     Raises:
         ModelError, DataError, UsageError: what was given cannot be used.
@@ -130,9 +130,9 @@ def optimize(
             progress=progress or NoProgress(),
             warnings=list(original.meta.get(model_io.WARNINGS, ())),
         )
-        given = _Given(calibration, evaluation, {**(fix_shapes or {}), **(shapes or {})})
+        given = judging.Given(calibration, evaluation, {**(fix_shapes or {}), **(shapes or {})})
         must_run = given.any or any(p.needs_data for p in chosen)
-        samples, runner = _samples(original, _as_given(model, original), given, lossy, must_run, ctx)
+        samples, runner = judging.choose(original, judging.as_given(model, original), given, lossy, must_run, ctx)
         ctx.calibration, ctx.synthetic = samples.calibration, samples.synthetic
         if bench_seconds is None:
             bench_seconds = _BENCH_LOSSY if lossy else _BENCH_LOSSLESS
@@ -140,76 +140,9 @@ def optimize(
         result = run.finish(*run.passes(chosen), wanted)
         if details and runner is not None:
             result.report.details = run.details(result.model)
-        if isinstance(model, str | os.PathLike):
+        if own and isinstance(model, str | os.PathLike):
             model_io.own_weights(result.model, model)
         return result
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """The data and shapes that the user gave."""
-
-    calibration: Source | None
-    evaluation: Source | None
-    shapes: Shapes
-
-    @property
-    def any(self) -> bool:
-        return self.calibration is not None or self.evaluation is not None
-
-    @property
-    def same(self) -> bool:
-        """The same samples were given twice."""
-        named = isinstance(self.calibration, str | os.PathLike) and isinstance(self.evaluation, str | os.PathLike)
-        return self.calibration == self.evaluation if named else self.calibration is self.evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class _Samples:
-    """What calibrates and what judges; ``unseen`` when the two are apart."""
-
-    calibration: Data
-    judging: Data
-    synthetic: bool
-    unseen: bool
-
-
-def _samples(
-    model: ir.Model, source: Any, given: _Given, lossy: bool, must_run: bool, ctx: Context
-) -> tuple[_Samples, runtime.Runner | None]:
-    """The samples, and the original ready to run; no runner, but a warning, where it runs on no generated input."""
-    try:
-        specs = data_io.input_specs(model)
-        judging = None if given.evaluation is None else data_io.open_data(given.evaluation, specs, what="evaluation")
-        if given.calibration is not None:
-            seen = data_io.open_data(given.calibration, specs)
-            runner = runtime.load_lean(model, source, threads=ctx.threads)
-        else:
-            seen, runner = generated(model, source, _SYNTHETIC, seed=ctx.seed, shapes=given.shapes, threads=ctx.threads)
-        # Samples that only judge are held back, unless nothing learns from the others.
-        unseen = not given.same if judging is not None else lossy and len(seen) > 1
-        if judging is None:
-            seen, judging = seen.split(_HELD_OUT) if lossy else (seen, seen)
-        for data in (judging, seen):
-            runtime.run(runner, data.feed(data[0]), "the original model")
-    except (ModelError, DataError) as error:
-        if must_run:
-            raise
-        ctx.warnings.insert(0, f"NOT VERIFIED: the original could not be run on generated inputs ({error})")
-        nothing = Data("nothing", 0, lambda k: {}, ())
-        return _Samples(nothing, nothing, True, False), None
-    return _Samples(seen, judging, given.calibration is None, unseen), runner
-
-
-def _as_given(source: Any, loaded: ir.Model) -> ir.Model | str | bytes:
-    """What ONNX Runtime loads as the original: the user's own file or message, so that reading it is verified too."""
-    if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return bytes(source)
-    if isinstance(source, onnx.ModelProto) and source.ByteSize() < runtime.IN_MEMORY:
-        return bytes(source.SerializeToString())
-    return loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +163,7 @@ class _Run:
         source: Any,
         original: ir.Model,
         runner: runtime.Runner | None,
-        samples: _Samples,
+        samples: judging.Samples,
         ctx: Context,
         metric: metrics.Metric | None,
         max_drop: str | float | None,
@@ -291,8 +224,13 @@ class _Run:
         lossless = pipeline.strictest(chosen) is not Effect.LOSSY
         while True:
             quiet = list(self.ctx.warnings)
-            model, steps = pipeline.run(self.original, chosen, self.ctx, self.checks, self._reproduce)
-            model = self._settle(model, lossless)
+            done = self._at_once(chosen) if lossless and len(chosen) > 1 else None
+            if done is None:
+                self.ctx.warnings[:] = quiet
+                model, steps = pipeline.run(self.original, chosen, self.ctx, self.checks, self._reproduce)
+                model = self._settle(model, lossless)
+            else:
+                model, steps = done
             slow = self._offender(chosen) if lossless and self.bench_seconds else None
             if slow is None:
                 return model, steps
@@ -300,6 +238,21 @@ class _Run:
             chosen = [p for p in chosen if p is not item]
             self.ctx.warnings[:] = [*quiet, f"{item} was dropped: it made the model slower ({ratio:.2f}x)"]
             self.checks.restart()
+
+    def _at_once(self, chosen: Sequence[Pass]) -> tuple[ir.Model, list[pipeline.Step]] | None:
+        """What lossless passes make together, where that holds; None where each has to be judged by itself.
+
+        Most pipelines hold, and the proof of the whole then takes one session instead of one for each pass.
+        """
+        try:
+            with self.checks.trusting():
+                model, steps = pipeline.run(self.original, chosen, self.ctx, self.checks, _doubt)
+                if not any(step.error for step in steps) and self.checks.holds(model):
+                    return model, steps
+        except (_DoubtError, ModelError):
+            pass
+        self.checks.restart()
+        return None
 
     def _settle(self, model: ir.Model, lossless: bool) -> ir.Model:
         """The last kept model that, after all passes together, is right: lossless, and within the budget."""
@@ -344,7 +297,7 @@ class _Run:
         """Latency of each of ``models`` beside the original's, measured in turn."""
         self.checks.rest()
         model_io.forget_weights(models[-1])
-        sources = [_as_given(self.source, self.original), *models]
+        sources = [judging.as_given(self.source, self.original), *models]
         feeds = list(self.samples.judging.spread(_TIMED).feeds())
         compared = runtime.compare_models(
             sources, feeds, ep=self.ep, threads=self.ctx.threads, seconds=self.bench_seconds, seed=self.ctx.seed
@@ -431,7 +384,7 @@ class _Run:
         found = extras.collect(self.original, model, feeds, threads=threads)
         if self.bench_seconds and len(self.checks.kept) > 1:
             name = self.checks.budget.metric.name if self.checks.budget is not None else None
-            source = _as_given(self.source, self.original)
+            source = judging.as_given(self.source, self.original)
             found |= extras.stages(
                 source, self.checks.kept, self.checks.measure, name, feeds, threads=threads, seconds=self.bench_seconds
             )
@@ -459,6 +412,14 @@ class _Run:
     def _reproduce(self, model: ir.Model, item: Pass, error: Exception) -> None:
         self.repro = repro.leave(error, model=model, pipeline=str(item))
         self.crashed = f"{item.name} crashed ({type(error).__name__}: {error}) and was undone"
+
+
+class _DoubtError(Exception):
+    """A pass crashed on a model that nobody had judged."""
+
+
+def _doubt(_: ir.Model, item: Pass, error: Exception) -> None:
+    raise _DoubtError(item.name) from error
 
 
 def _metric_entry(budget: Budget, value: float, measured: verify.Fidelity) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from onnxslim import lazy
 from onnxslim.console import message, out
 from onnxslim.errors import OnnxslimError
 from onnxslim.outputs import Outputs, write
@@ -174,7 +175,7 @@ def optimize_command(
     """Optimize IN and write OUT."""
     outputs = Outputs(json_to, page=page_to, model=target_path)
     outputs.check([source], calib, evaluation)
-    from onnxslim import bench, eps
+    from onnxslim import eps
     from onnxslim.api import optimize
     from onnxslim.console import Bars
 
@@ -184,10 +185,13 @@ def optimize_command(
         source, passes, calib, evaluation, metric, max_drop, target, seed, Bars(),
         shapes=shapes, fix_shapes=fixed, threads=threads, bench=not no_bench,
         details=page_to is not None, require_int8=require_int8,
+        own=False,
     )  # fmt: skip
     result.save(target_path, external=True if external_data else None)
     result.report.environment["command"] = shlex.join(["onnxslim", *sys.argv[1:]])
     if providers:
+        from onnxslim import bench
+
         facts = bench.measure_files(source, target_path, providers, calib, shapes, threads=threads, seed=seed)
         result.report.bench += bench.entries(facts)
         result.report.warnings += facts["warnings"]
@@ -413,6 +417,7 @@ def doctor(setup: str | None, json_to: str | None) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     _return_memory()
+    lazy.defer()
     try:
         code = cli.main(args, prog_name="onnxslim", standalone_mode=False)
     except click.ClickException as error:

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +31,13 @@ _FEWEST_ROUNDS = 3
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
+class _Declared(NamedTuple):
+    """An input as a session declares it."""
+
+    name: str
+    type: str
+
+
 class Runner:
     """A session together with the names it takes and gives: ``runner(feeds) -> {output: array}``.
 
@@ -41,7 +48,8 @@ class Runner:
     def __init__(self, session: ort.InferenceSession, again: Callable[[], ort.InferenceSession] | None = None) -> None:
         self._session: ort.InferenceSession | None = session
         self._again = again
-        self._declared = session.get_inputs()
+        # The runtime's own descriptions would keep the session alive that they come from.
+        self._declared = [_Declared(i.name, i.type) for i in session.get_inputs()]
         self.inputs = [i.name for i in self._declared]
         self.outputs = [o.name for o in session.get_outputs()]
 

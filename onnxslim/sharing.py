@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import ChainMap
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, MutableMapping
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +17,11 @@ import onnx_ir as ir
 from onnxslim.graph import is_deterministic, replace, subgraphs
 from onnxslim.model import forget
 
-# What the weights of a model hash to: a key in Model.meta.
+# What the weights of a model hash to, and how they begin: keys in Model.meta.
 DIGESTS = "onnxslim.digests"
+HEADS = "onnxslim.heads"
+# Elements that tell most weights from each other.
+_HEAD = 16
 _COMMUTATIVE = frozenset({"Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Equal", "Mul", "Or", "Xor"})
 
 
@@ -26,14 +29,13 @@ def deduplicate_initializers(model: ir.Model) -> tuple[int, int]:
     """Make every use of equal weights read one of them; returns (initializers removed, bytes saved)."""
     groups: dict[Hashable, list[ir.Value]] = {}
     # A tensor never changes, and the same ones come by many times.
-    digests: weakref.WeakKeyDictionary[ir.TensorProtocol, bytes] = model.meta.setdefault(
-        DIGESTS, weakref.WeakKeyDictionary()
-    )
+    digests, heads = (_known(model, key) for key in (DIGESTS, HEADS))
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None or value.is_graph_input():
             continue
         groups.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), tensor.nbytes), []).append(value)
+    groups = {k: group for key, values in groups.items() if len(values) > 1 for k, group in _alike(key, values, heads)}
     removed = saved = 0
     for values in groups.values():
         if len(values) < 2:
@@ -53,6 +55,35 @@ def deduplicate_initializers(model: ir.Model) -> tuple[int, int]:
             removed += 1
             saved += tensor.nbytes
     return removed, saved
+
+
+def _known(model: ir.Model, key: str) -> weakref.WeakKeyDictionary[ir.TensorProtocol, bytes]:
+    known: weakref.WeakKeyDictionary[ir.TensorProtocol, bytes] = model.meta.setdefault(key, weakref.WeakKeyDictionary())
+    return known
+
+
+def _alike(
+    key: Hashable, values: list[ir.Value], heads: MutableMapping[ir.TensorProtocol, bytes]
+) -> Iterator[tuple[Hashable, list[ir.Value]]]:
+    """``values`` apart by how they begin, which tells most weights from each other."""
+    groups: dict[bytes, list[ir.Value]] = {}
+    for value in values:
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor not in heads:
+            heads[tensor] = _head(tensor)
+        groups.setdefault(heads[tensor], []).append(value)
+    for head, group in groups.items():
+        yield (key, head), group
+
+
+def _head(tensor: ir.TensorProtocol) -> bytes:
+    """The first elements of a weight, of which no more is read; nothing where elements have no bytes of their own."""
+    if tensor.dtype is ir.DataType.STRING or tensor.dtype.bitwidth < 8:
+        return b""
+    first = np.array(tensor.numpy().flat[:_HEAD]).tobytes()
+    forget(tensor)
+    return first
 
 
 def _digest(tensor: ir.TensorProtocol) -> bytes:

@@ -62,6 +62,22 @@ def test_nothing_asked_nothing_changed(tiny: Path) -> None:
     assert result.report.bench == []
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_file_may_go_when_its_weights_are_owned(tmp_path: Path, own: bool) -> None:
+    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]> g (float[512] x) => (float[512] y) {}')
+    model.graph.node.append(helper.make_node("Add", ["x", "large"], ["y"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(512, dtype=np.float32), "large"))
+    path = tmp_path / "in.onnx"
+    onnx.save(model, path)
+    result = onnxslim.optimize(path, [], bench=False, own=own)
+    path.unlink()
+    if own:
+        assert result.save(tmp_path / "out.onnx").is_file()
+    else:
+        with pytest.raises(ModelError, match="cannot write"):
+            result.save(tmp_path / "out.onnx")
+
+
 def test_result_is_saved_and_given_as_a_message(tiny: Path, tmp_path: Path) -> None:
     result = _optimize(tiny)
     saved = onnx.load(result.save(tmp_path / "out.onnx"))
@@ -97,6 +113,23 @@ def test_a_broken_promise_is_undone_and_fails(tiny: Path, by: float) -> None:
     assert lie["skipped"][-1]["reason"].startswith("undone: output 'y': relative error")
     assert keep["stats"] == {"kept": 5}
     assert _kept(result) == "keep"
+
+
+def test_passes_that_hold_together_are_not_run_one_by_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(*args: Any, **options: Any) -> runtime.Runner:
+        loaded.append(args)
+        return runtime.load(*args[1:], **options)
+
+    monkeypatch.setattr(runtime, "load_lean", load)
+    result = _optimize(tiny, "keep,lie(by=1.00001),keep(level=2)")
+    assert result.exit_code == 0
+    assert _kept(result) == "keep,lie(by=1.00001),keep(level=2)"
+    assert len(loaded) == 2  # the original and the result
+    loaded.clear()
+    assert _kept(_optimize(tiny, "keep,lie,keep(level=2)")) == "keep,keep(level=2)"
+    assert len(loaded) > 4
 
 
 def test_small_lies_that_add_up_are_undone(tiny: Path) -> None:

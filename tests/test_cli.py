@@ -322,6 +322,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert _python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
+def test_symbolic_arithmetic_is_imported_when_it_is_needed(tiny: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from onnxslim.cli import main\n"
+        "try: main([sys.argv[1], sys.argv[2], '--no-bench'])\nexcept SystemExit as end: assert not end.code\n"
+        "print('sympy.core' in sys.modules)\n"
+        "import onnx_ir as ir\nprint((ir.SymbolicDim('n') + 1).value, 'sympy.core' in sys.modules)"
+    )
+    done = _python("-c", code, str(tiny), str(tmp_path / "out.onnx"))
+    assert done.stdout.splitlines()[-2:] == ["False", "n + 1 True"], done.stderr
+
+
 def test_help_is_quick() -> None:
     """In processor seconds, which other processes do not add to."""
     times = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,16 @@ def test_large_models_are_loaded_from_disk(proto: onnx.ModelProto, monkeypatch: 
     monkeypatch.setattr(runtime, "IN_MEMORY", 0)
     monkeypatch.setattr(model_io, "to_bytes", lambda _: pytest.fail("the weights were serialized"))
     assert np.array_equal(runtime.load(model)({"x": X})["y"], wanted)
+
+
+def test_a_runner_that_rests_holds_no_session(tiny: Path) -> None:
+    runner = runtime.load(tiny)
+    wanted = runner({"x": X})["y"]
+    session = weakref.ref(runner.session._sess)
+    runner.rest()
+    gc.collect()
+    assert session() is None
+    assert np.array_equal(runner({"x": X})["y"], wanted)
 
 
 def test_unknown_and_missing_providers_are_usage_errors(proto: onnx.ModelProto) -> None:

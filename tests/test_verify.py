@@ -35,6 +35,29 @@ def _data(count: int) -> Data:
     return Data("numbers", count, lambda k: {"x": np.full((1, 1), k, np.float32)}, SPEC)
 
 
+class _Counting(_Fixed):
+    """Counts its passes."""
+
+    count = 0
+
+    def __call__(self, feeds: Any) -> dict[str, Any]:
+        self.count += 1
+        return super().__call__(feeds)
+
+
+def test_a_sample_that_comes_again_is_answered_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [{"y": np.full(4, k, np.float32)} for k in range(3)]
+    data = _data(3)
+    for bytes_kept, passes in ((1000, 3), (40, 6)):
+        monkeypatch.setattr(verify, "_CACHE", bytes_kept)
+        runner = _Counting(answers)
+        remembering = verify.Remembering(runner)
+        for _ in range(2):
+            for k, feed in enumerate(data.feeds()):
+                assert np.array_equal(remembering(feed)["y"], answers[k]["y"])
+        assert runner.count == passes
+
+
 def _measure(want: list[Any], got: list[Any], **options: Any) -> verify.Fidelity:
     reference = verify.Reference(_Fixed([{"y": v} for v in want]), _data(len(want)))
     return verify.measure(reference, _Fixed([{"y": v} for v in got]), **options)[0]

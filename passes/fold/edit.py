@@ -15,6 +15,8 @@ from onnxslim.passes.fold.affine import limits
 # Weights above this many elements stay in their own type: a copy in float64 would cost too much memory.
 EXACT_ELEMENTS = 1 << 24
 CACHED_ELEMENTS = 1 << 25
+# Elements of a weight that are looked at together, so that what is computed on the way stays small.
+_BLOCK = 1 << 18
 
 
 class Weights:
@@ -65,12 +67,17 @@ def representable(matrix: np.ndarray, dtype: ir.DataType) -> bool:
     """
     if matrix.dtype != np.float64:
         return True  # already in its own type
-    stored = rounded(matrix, dtype)
-    if stored is None:
-        return False
     eps = limits(dtype).eps
-    error = np.abs(stored.astype(np.float64) - matrix).max(axis=(2, 3), initial=0.0)
-    size = np.abs(matrix).max(axis=(2, 3), initial=0.0)
+    error, size = np.zeros(matrix.shape[:2]), np.zeros(matrix.shape[:2])
+    step = max(1, _BLOCK // max(1, matrix[:, :1].size))
+    for start in range(0, matrix.shape[1], step):
+        rows = slice(start, start + step)
+        part = matrix[:, rows]
+        stored = rounded(part, dtype)
+        if stored is None:
+            return False
+        error[:, rows] = np.abs(stored.astype(np.float64) - part).max(axis=(2, 3), initial=0.0)
+        size[:, rows] = np.abs(part).max(axis=(2, 3), initial=0.0)
     return not bool(np.any((error > eps * size) & (error > eps**2 * size.max(initial=0.0))))
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from onnxslim.passes.fold import edit
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nets import BN, batchnorm, fold, net, node, normal, reasons, weights
@@ -216,3 +219,15 @@ def test_folds_in_a_row_round_once() -> None:
     exact = w64 * (1 / a64 * k64)[:, :, None] * s64[None, :]
     folded = next(v for v in weights(result).values() if v.shape == w.shape)
     np.testing.assert_array_equal(folded, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 18])
+def test_small_rows_are_found_whatever_the_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edit, "_BLOCK", block)
+    matrix = normal(2, 5, 3, 2).astype(np.float64)
+    assert edit.representable(matrix, ir.DataType.FLOAT)
+    assert not edit.representable(1e-42 * matrix, ir.DataType.FLOAT)
+    matrix[1, 4] *= 1e-42  # drowns in the others
+    assert edit.representable(matrix, ir.DataType.FLOAT)
+    matrix[0, 3, 2, 1] = 1e300
+    assert not edit.representable(matrix, ir.DataType.FLOAT)
