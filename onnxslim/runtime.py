@@ -34,7 +34,8 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 class Runner:
     """A session together with the names it takes and gives: ``runner(feeds) -> {output: array}``.
 
-    Floats are converted where the session declares another float type than the sample has.
+    Floats are converted where the session declares another float type than the sample has. A pass that fails is a
+    `ModelError`.
     ``again`` makes the session anew; with it, `rest` gives the memory of the session back until the next call.
     """
 
@@ -58,7 +59,11 @@ class Runner:
             self._session = None
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        results = self.session.run(None, worker.fitted(self._declared, feeds))
+        try:
+            results = self.session.run(None, worker.fitted(self._declared, feeds))
+        except Exception as error:  # the binding raises a dozen unrelated types
+            shapes = {name: list(a.shape) for name, a in feeds.items()}
+            raise ModelError(f"fails on inputs {shapes}: {_first_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
 
 
@@ -216,9 +221,8 @@ def run(runner: Runner, feeds: Mapping[str, np.ndarray], where: str = "the model
     """
     try:
         return runner(feeds)
-    except Exception as error:  # as above
-        shapes = {name: list(a.shape) for name, a in feeds.items()}
-        raise ModelError(f"{where}: fails on inputs {shapes}: {_first_line(error)}") from error
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
 
 
 def tap(

@@ -25,6 +25,7 @@ import numpy as np
 from onnxslim import runtime
 from onnxslim.contract import NoProgress, Progress
 from onnxslim.data import Data, Sample
+from onnxslim.errors import DataError, ModelError
 from onnxslim.metrics import Metric
 
 # Relative error allowed to a lossless pass, by element type of the output. Integers and strings must be equal.
@@ -171,10 +172,31 @@ def _within(output: OutputFidelity, allowance: float, nonfinite: int, may_mismat
     )
 
 
-class Reference:
-    """The outputs of one model on each sample of ``data``, computed once and kept while they are small."""
+def original_outputs(runner: runtime.Runner, data: Data, k: int, sample: Sample | None = None) -> dict[str, Any]:
+    """What the original model, which is as the user wants it, gives for sample ``k`` of ``data``.
 
-    def __init__(self, runner: runtime.Runner, data: Data, where: str = "the original model") -> None:
+    Raises:
+        DataError: it fails on this sample, which the message names.
+    """
+    try:
+        return runtime.run(runner, data.feed(data[k] if sample is None else sample), "the original model")
+    except ModelError as error:
+        raise DataError(f"{data.where(k)}: {error}; correct the sample or leave it out") from error
+
+
+def try_all(runner: runtime.Runner, data: Data) -> None:
+    """Raise `DataError` when the original fails on a sample of ``data``."""
+    for k, sample in enumerate(data):
+        original_outputs(runner, data, k, sample)
+
+
+class Reference:
+    """The outputs of one model on each sample of ``data``, computed once and kept while they are small.
+
+    ``where`` names the model in errors; without it, it is the original, and a sample that it fails on is bad data.
+    """
+
+    def __init__(self, runner: runtime.Runner, data: Data, where: str | None = None) -> None:
         self.runner = runner
         self.data = data
         self._where = where
@@ -196,7 +218,10 @@ class Reference:
     def _outputs(self, k: int, sample: Sample) -> dict[str, Any]:
         if k in self._kept:
             return self._kept[k]
-        outputs = runtime.run(self.runner, self.data.feed(sample), self._where)
+        if self._where is None:
+            outputs = original_outputs(self.runner, self.data, k, sample)
+        else:
+            outputs = runtime.run(self.runner, self.data.feed(sample), f"{self._where}: {self.data.where(k)}")
         size = sum(a.nbytes for _, a in _leaves(outputs))
         if self._size + size <= _CACHE:
             self._kept[k] = outputs
