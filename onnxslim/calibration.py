@@ -43,7 +43,7 @@ class Moments:
     """Count, means and second moments of pairs of row vectors (x, z), in float64.
 
     ``xz`` (p, q) is the sum of x zᵀ over all pairs, ``zz`` (q, q) that of z zᵀ; for a single vector x is z. Rows are
-    gathered until a product of matrices is worth its memory traffic.
+    gathered until a product of matrices is worth its memory traffic. Pairs with NaN or infinity are left out.
     """
 
     GATHER = 4096  # rows; a product in float32 of so many loses nothing that matters before it is added in float64
@@ -65,10 +65,15 @@ class Moments:
         if not self._waiting:
             return
         z = np.concatenate([pair[0] for pair in self._waiting])
-        parts = {"z": z.sum(0, dtype=np.float64), "zz": z.T @ z}
+        x = None
         if self._waiting[0][1] is not None:
             x = np.concatenate([pair[1] for pair in self._waiting if pair[1] is not None])
-            parts |= {"x": x.sum(0, dtype=np.float64), "xz": x.T @ z}
+        parts = _sums(z, x)
+        if not all(np.isfinite(part).all() for part in parts.values()):
+            # A row that is not finite says nothing; the squares of others may be too large for float32 only.
+            finite = np.isfinite(z).all(1) if x is None else np.isfinite(z).all(1) & np.isfinite(x).all(1)
+            z = z[finite].astype(np.float64)
+            parts = _sums(z, None if x is None else x[finite].astype(np.float64))
         for name, part in parts.items():
             if name in self._sums:
                 self._sums[name] += part
@@ -104,8 +109,15 @@ class Moments:
 
     @property
     def empty(self) -> bool:
-        """True when no row was seen."""
-        return not self.count and not self._rows
+        """True when no row was seen that is finite."""
+        self._flush()
+        return not self.count
+
+
+def _sums(z: np.ndarray, x: np.ndarray | None) -> dict[str, np.ndarray]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = {"z": z.sum(0, dtype=np.float64), "zz": z.T @ z}
+        return parts if x is None else parts | {"x": x.sum(0, dtype=np.float64), "xz": x.T @ z}
 
 
 class RowMoments:
@@ -134,8 +146,11 @@ def collect(
     feeds = ctx.progress.track(samples.feeds(), total=len(samples), label=label)
     for values in runtime.tap(model, statistics, feeds, threads=ctx.threads):
         for name, attached in statistics.items():
-            for statistic in attached if np.size(values[name]) else ():  # empty in a branch that was not taken
-                statistic.update(values[name])
+            value = values[name]
+            if not isinstance(value, np.ndarray) or not value.size:
+                continue  # a sequence, or in a branch that was not taken
+            for statistic in attached:
+                statistic.update(value)
 
 
 class Histogram:

@@ -225,6 +225,22 @@ def run(runner: Runner, feeds: Mapping[str, np.ndarray], where: str = "the model
         raise ModelError(f"{where}: {error}") from error
 
 
+def leaves(outputs: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array in a set of outputs; elements of sequences and maps get the name ``output[key]``."""
+    for name, value in outputs.items():
+        if isinstance(value, list):
+            yield from leaves({f"{name}[{k}]": item for k, item in enumerate(value)})
+        elif isinstance(value, dict):
+            yield from leaves({f"{name}[{key}]": item for key, item in value.items()})
+        elif value is not None:  # an absent optional
+            yield name, np.asarray(value)
+
+
+def arrays(outputs: Mapping[str, Any]) -> list[np.ndarray]:
+    """Every array in a set of outputs, in their order."""
+    return [array for _, array in leaves(outputs)]
+
+
 def tap(
     model: ir.Model,
     names: Iterable[str],

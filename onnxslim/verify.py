@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -222,7 +222,7 @@ class Reference:
             outputs = original_outputs(self.runner, self.data, k, sample)
         else:
             outputs = runtime.run(self.runner, self.data.feed(sample), f"{self._where}: {self.data.where(k)}")
-        size = sum(a.nbytes for _, a in _leaves(outputs))
+        size = sum(a.nbytes for _, a in runtime.leaves(outputs))
         if self._size + size <= _CACHE:
             self._kept[k] = outputs
             self._size += size
@@ -250,7 +250,7 @@ def measure(
         got = runtime.run(candidate, reference.data.feed(sample), where)
         if metric is not None:
             scores.append(metric(got, sample, want))
-        right, left = dict(_leaves(want)), dict(_leaves(got))
+        right, left = dict(runtime.leaves(want)), dict(runtime.leaves(got))
         for name in dict.fromkeys((*right, *left)):
             pairs.setdefault(name, _Pair(name)).update(right.get(name), left.get(name))
     fidelity = Fidelity(tuple(p.result() for p in pairs.values()), len(reference.data), reference.data.origin)
@@ -260,17 +260,6 @@ def measure(
 def score(reference: Reference, metric: Metric) -> float:
     """The mean of ``metric`` for the original itself."""
     return float(np.mean([metric(outputs, sample, outputs) for sample, outputs in reference]))
-
-
-def _leaves(outputs: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array in a set of outputs; elements of sequences and maps get the name ``output[key]``."""
-    for name, value in outputs.items():
-        if isinstance(value, list):
-            yield from _leaves({f"{name}[{k}]": item for k, item in enumerate(value)})
-        elif isinstance(value, dict):
-            yield from _leaves({f"{name}[{key}]": item for key, item in value.items()})
-        elif value is not None:  # an absent optional
-            yield name, np.asarray(value)
 
 
 class _Pair:
