@@ -28,6 +28,13 @@ IN_MEMORY = 256_000_000
 STAGED = 1_000_000_000
 _FEWEST_BLOCKS, _MOST_BLOCKS = 4, 12
 _FEWEST_ROUNDS = 3
+_NOT_IN_NUMPY = (
+    ir.DataType.BFLOAT16,
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+)
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -253,9 +260,10 @@ def tap(
 
     Only the part of the graph that these values need is computed, and one sample's tensors are in memory at a time.
     A value in the branch of an If is empty where the branch is not taken; values in other bodies cannot be tapped.
+    Types that the binding cannot give out come as float32.
     """
     from onnxslim import branch_values
-    from onnxslim.graph import remove_dead
+    from onnxslim.graph import add_node, remove_dead
 
     wanted = list(dict.fromkeys(names))
     clone = model.clone()
@@ -271,6 +279,11 @@ def tap(
         value = values[name]
         # ONNX Runtime infers the type of an intermediate value itself; a declared shape may be stale or too narrow.
         value.shape = None
+        if value.dtype in _NOT_IN_NUMPY:
+            like = ir.Value(name=value.name, type=ir.TensorType(ir.DataType.FLOAT))
+            to = {"to": int(ir.DataType.FLOAT)}
+            cast = add_node(clone.graph, "Cast", [value], after=value.producer(), attributes=to, like=like)
+            values[name] = value = cast.outputs[0]
         clone.graph.outputs.append(value)
     if not clone.graph.outputs:
         for feed in feeds:

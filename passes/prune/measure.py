@@ -53,7 +53,7 @@ def factors(
         statistics: dict[tuple[str, int], RowMoments] = {}
         for site in sites.values():
             for value, axis, rank in _operands(site):
-                statistics.setdefault((value, axis - rank), RowMoments(_rows(axis, limit)))
+                statistics.setdefault((value, axis - rank), RowMoments(_rows(axis - rank, limit)))
         attached: dict[str, list[RowMoments]] = {}
         for (value, _), statistic in statistics.items():
             attached.setdefault(value, []).append(statistic)
@@ -215,10 +215,14 @@ def _operands(site: Site) -> list[tuple[str, int, int]]:
 
 
 def _rows(axis: int, limit: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Turn a value into at most ``limit`` rows over the channels of ``axis``."""
+    """Turn a value into at most ``limit`` rows over the channels of ``axis``, counted from the end.
+
+    The two operands of a product may have different ranks, and a vector has but one axis.
+    """
 
     def rows(array: np.ndarray) -> np.ndarray:
-        flat = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+        own = max(axis, -array.ndim)
+        flat = np.moveaxis(array, own, -1).reshape(-1, array.shape[own])
         return flat[np.linspace(0, len(flat) - 1, limit).astype(int)] if len(flat) > limit else flat
 
     return rows
