@@ -63,9 +63,9 @@ class Cluster(Pass):
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         name_all_nodes(model)
         weights, skipped = find_weights(model, self.keep, tables=True)
-        stats: dict[str, Any] = {"weights": len(weights), "bits": self.bits, "rounded": 0}
         if not weights:
-            return Outcome(stats, skipped)
+            return Outcome({"weights": 0}, skipped)
+        stats: dict[str, Any] = {"weights": len(weights), "bits": self.bits, "rounded": 0}
         before = model_io.deflated(model)
         judged = self.fidelity > 0 and not ctx.synthetic and len(ctx.calibration) > 0
         fit, held_out = ctx.calibration.split(0.25) if judged else (ctx.calibration, ctx.calibration)

@@ -44,6 +44,19 @@ def test_samples_that_say_nothing_are_no_defect(passes: str, number: float) -> N
     assert result.exit_code == 0, result.report.warnings
 
 
+@pytest.mark.parametrize("passes", [*PASSES, "dynamic_int8", "int8_weights", "bf16"])
+def test_a_pass_that_finds_nothing_to_change_says_so(passes: str) -> None:
+    model = net([node("Add", "x x", "y")], {"x": ["N"]}, {}, {"y": ["N"]}, dtype=onnx.TensorProto.INT64)
+    result = onnxslim.optimize(model, passes, {"x": np.arange(8)}, bench=False, threads=1)
+    assert result.exit_code == 0
+    (skipped,) = result.report.passes[-1]["skipped"]
+    assert skipped == {
+        "node": "*",
+        "reason": f"the model has nothing that {passes.split('(')[0]} changes (onnxslim passes {passes.split('(')[0]} "
+        "says what it does)",
+    }
+
+
 @pytest.mark.parametrize("passes", PASSES[1:3] + PASSES[4:5] + ["int8_weights", "cluster(bits=4)", "dynamic_int8"])
 def test_operators_that_the_runtime_does_not_know_are_no_defect(passes: str) -> None:
     model = _two_layers(normal(64, 128))
