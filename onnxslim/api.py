@@ -410,6 +410,9 @@ class _Run:
         self.ctx.warnings[:0] = lines
 
     def _reproduce(self, model: ir.Model, item: Pass, error: Exception) -> None:
+        if isinstance(error, ModelError) and self.runner is not None and not self.ctx.synthetic:
+            # What failed to run in the pass may have met a sample that the original does not take either.
+            verify.try_all(self.runner, self.samples.calibration)
         self.repro = repro.leave(error, model=model, pipeline=str(item))
         self.crashed = f"{item.name} crashed ({type(error).__name__}: {error}) and was undone"
 

@@ -20,10 +20,12 @@ from onnxslim import graph as g
 from onnxslim import integer
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.errors import ModelError
 from onnxslim.layer_inputs import moments
 from onnxslim.opset import raise_opset
 from onnxslim.rounding import round_columns, spreading
 from onnxslim.units import NEVER, PRODUCTS, name_all_nodes
+from onnxslim.weights import TOO_LARGE, squares
 
 # Weights with fewer elements are not worth the scales; columns that are worked on at a time.
 SMALLEST, COLUMNS = 4096, 512
@@ -169,7 +171,10 @@ def store(model: ir.Model, form: Format, ctx: Context, *, keep: Collection[str] 
 def _unmerged(model: ir.Model, nodes: Sequence[ir.Node], ctx: Context) -> list[ir.Node]:
     """Those of ``nodes`` whose weight ONNX Runtime would read back at every inference."""
     feed = ctx.calibration.feed(ctx.calibration[0]) if len(ctx.calibration) else {}
-    proof = integer.prove(model, feed, threads=ctx.threads)
+    try:
+        proof = integer.prove(model, feed, threads=ctx.threads)
+    except ModelError:
+        return []  # an operator that this runtime does not know: what it would merge cannot be seen
     merged = {layer.name for layer in proof.layers if layer.rule == "weight-only"}
     return [node for node in nodes if node.name not in merged]
 
@@ -237,7 +242,9 @@ def _unsuitable(node: ir.Node) -> str | None:
     ):
         return "Gemm with alpha, beta or transA has no kernel for weights in blocks"
     shared = {int(g.attribute(use.node, "transB", 0)) for use in weight.uses() if g.is_op(use.node, "Gemm", "MatMul")}
-    return "its weight is read both ways round" if len(shared) > 1 else None
+    if len(shared) > 1:
+        return "its weight is read both ways round"
+    return None if squares(weight) else TOO_LARGE
 
 
 def _store(

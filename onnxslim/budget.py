@@ -145,7 +145,7 @@ def _work(node: ir.Node, amount: float, coupled: Coupling, shapes: Shapes) -> li
     factors = node.inputs[: 3 if node.op_type in ("LSTM", "GRU", "RNN") else 2]
     weights = [
         v for v in factors if v is not None and is_constant(v) and v.const_value is not None
-        and len(v.const_value.shape) > 1 and v in coupled.labels
+        and len(v.const_value.shape) > 1 and v.const_value.size and v in coupled.labels
     ]  # fmt: skip
     if weights:
         sizes = [float(v.const_value.size) for v in weights if v.const_value is not None]

@@ -45,7 +45,7 @@ class Moments:
 
     For a single vector x is z. Rows are gathered until a product of matrices is worth its memory traffic, and products
     are made of what rows differ from the mean of the first of them: in float32, variances that are small beside the
-    mean would be lost otherwise.
+    mean would be lost otherwise. Pairs with NaN or infinity are left out.
     """
 
     GATHER = 4096  # rows; a product in float32 of so many loses nothing that matters before it is added in float64
@@ -67,26 +67,27 @@ class Moments:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        pairs, self._waiting, self._rows = self._waiting, [], 0
-        z = self._centred("z", [pair[0] for pair in pairs])
-        parts = {"z": z.sum(0, dtype=np.float64), "zz": z.T @ z}
-        if pairs[0][1] is not None:
-            x = self._centred("x", [pair[1] for pair in pairs if pair[1] is not None])
-            parts |= {"x": x.sum(0, dtype=np.float64), "xz": x.T @ z}
-        self.count += len(z)
+        rows = {"z": np.concatenate([pair[0] for pair in self._waiting])}
+        if self._waiting[0][1] is not None:
+            rows["x"] = np.concatenate([pair[1] for pair in self._waiting if pair[1] is not None])
+        self._waiting, self._rows = [], 0
+        start = self._from or _starts(rows)
+        parts = _products(rows, start)
+        if not all(np.isfinite(part).all() for part in parts.values()):
+            # A row that is not finite says nothing; the squares of others may be too large for float32 only.
+            finite = np.all([np.isfinite(array).all(1) for array in rows.values()], axis=0)
+            rows = {name: array[finite].astype(np.float64) for name, array in rows.items()}
+            start = self._from or _starts(rows)
+            parts = _products(rows, start)
+        if not len(rows["z"]):
+            return
+        self._from = start
+        self.count += len(rows["z"])
         for name, part in parts.items():
             if name in self._sums:
                 self._sums[name] += part
             else:
                 self._sums[name] = part.astype(np.float64)
-
-    def _centred(self, name: str, rows: list[np.ndarray]) -> np.ndarray:
-        joined = np.concatenate(rows)
-        if name not in self._from:
-            mean = joined.mean(0, dtype=np.float64).astype(np.float32) if len(joined) else 0 * joined.sum(0)
-            self._from[name] = np.where(np.isfinite(mean), mean, 0).astype(np.float64)
-        joined -= self._from[name].astype(np.float32)
-        return joined
 
     def _offset(self, name: str) -> np.ndarray:
         """Mean of what rows differ."""
@@ -95,7 +96,7 @@ class Moments:
     def mean(self, name: str = "z") -> np.ndarray:
         """Mean of ``z`` or ``x``."""
         self._flush()
-        return self._from[name] + self._offset(name)
+        return np.asarray(self._from[name] + self._offset(name))
 
     def second(self, name: str = "zz") -> np.ndarray:
         """Mean of z zᵀ or x zᵀ, not centred."""
@@ -114,7 +115,7 @@ class Moments:
             return self if self.count else other
         result = Moments()
         result.count, result._from = self.count + other.count, self._from
-        moved = {name: other._from[name] - start for name, start in self._from.items()}
+        moved = {name: other._from[name].astype(np.float64) - start for name, start in self._from.items()}
         for name, part in self._sums.items():
             theirs = other._sums[name]
             if len(name) == 1:
@@ -128,8 +129,26 @@ class Moments:
 
     @property
     def empty(self) -> bool:
-        """True when no row was seen."""
-        return not self.count and not self._rows
+        """True when no row was seen that is finite."""
+        self._flush()
+        return not self.count
+
+
+def _starts(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The mean of each, in numbers that float32 has."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {
+            name: (array.mean(0, dtype=np.float64) if len(array) else np.zeros(array.shape[1])).astype(np.float32)
+            for name, array in rows.items()
+        }
+
+
+def _products(rows: Mapping[str, np.ndarray], start: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums, and sums of products, of what rows differ from ``start``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        z, *x = (array - start[name] for name, array in rows.items())
+        parts = {"z": z.sum(0, dtype=np.float64), "zz": z.T @ z}
+        return parts | {"x": x[0].sum(0, dtype=np.float64), "xz": x[0].T @ z} if x else parts
 
 
 def _plus(matrix: np.ndarray, factor: float, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -163,8 +182,11 @@ def collect(
     feeds = ctx.progress.track(samples.feeds(), total=len(samples), label=label)
     for values in runtime.tap(model, statistics, feeds, threads=ctx.threads):
         for name, attached in statistics.items():
-            for statistic in attached if np.size(values[name]) else ():  # empty in a branch that was not taken
-                statistic.update(values[name])
+            value = values[name]
+            if not isinstance(value, np.ndarray) or not value.size:
+                continue  # a sequence, or in a branch that was not taken
+            for statistic in attached:
+                statistic.update(value)
 
 
 class Histogram:

@@ -239,6 +239,7 @@ def check_samples(runner: runtime.Runner, data: Data, count: int) -> Data:
     """
     chosen = data.spread(count)
     samples: list[Sample] = list(chosen)
+    names = [chosen.where(k) for k in range(len(chosen))]
     symbolic = all(spec.shape is not None and spec.shape and spec.shape[0] is None for spec in data.specs)
     if symbolic and data.specs:
         pair = [data.feed(samples[0]), data.feed(samples[-1])]
@@ -251,7 +252,8 @@ def check_samples(runner: runtime.Runner, data: Data, count: int) -> Data:
                 batch = None  # the first axis is symbolic and yet no batch
         if batch is not None:
             samples.append(batch)
-    return Data(data.origin, len(samples), samples.__getitem__, data.specs)
+            names.append(f"{names[0]} and {names[-1]}, as one batch")
+    return Data(data.origin, len(samples), samples.__getitem__, data.specs, names.__getitem__)
 
 
 def _growth(before: ir.Model, after: ir.Model) -> str | None:

@@ -43,13 +43,21 @@ class InputSpec:
 class Data(Sequence[Sample]):
     """A sequence of samples that can be read several times.
 
-    ``load(k)`` reads sample k. ``origin`` says in the report where they came from. ``specs`` filter what is fed: only
-    the arrays named like an input are returned by `feeds`.
+    ``load(k)`` reads sample k, and ``where(k)`` names it in errors. ``origin`` says in the report where they came from.
+    ``specs`` filter what is fed: only the arrays named like an input are returned by `feeds`.
     """
 
-    def __init__(self, origin: str, length: int, load: Callable[[int], Sample], specs: Sequence[InputSpec]) -> None:
+    def __init__(
+        self,
+        origin: str,
+        length: int,
+        load: Callable[[int], Sample],
+        specs: Sequence[InputSpec],
+        where: Callable[[int], str] | None = None,
+    ) -> None:
         self.origin = origin
         self.specs = tuple(specs)
+        self.where = where or (lambda k: f"{origin}: sample {k}")
         self._length = length
         self._load = load
 
@@ -58,11 +66,13 @@ class Data(Sequence[Sample]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            chosen = range(self._length)[index]
-            return Data(self.origin, len(chosen), lambda k: self._load(chosen[k]), self.specs)
+            return self.pick(range(self._length)[index])
         if not -self._length <= index < self._length:
             raise IndexError(index)
-        return self._load(index % self._length)
+        k = index % self._length
+        sample = self._load(k)
+        check_sample(sample, self.specs, self.where(k))
+        return sample
 
     def feeds(self) -> Iterator[Sample]:
         """The samples, reduced to the arrays that are model inputs."""
@@ -70,12 +80,7 @@ class Data(Sequence[Sample]):
             yield self.feed(sample)
 
     def feed(self, sample: Sample) -> Sample:
-        """One sample reduced to the arrays that are model inputs.
-
-        Raises:
-            DataError: an array is missing, or of the wrong type or shape.
-        """
-        check_sample(sample, self.specs, self.origin)
+        """One sample reduced to the arrays that are model inputs."""
         # Text comes as '<U3' from a file and is fed as objects.
         return {
             spec.name: sample[spec.name].astype(object) if spec.dtype.kind == "O" else sample[spec.name]
@@ -105,7 +110,13 @@ class Data(Sequence[Sample]):
 
     def pick(self, indices: Sequence[int]) -> Data:
         """The samples at ``indices``, in that order."""
-        return Data(self.origin, len(indices), lambda k: self._load(indices[k]), self.specs)
+        return Data(
+            self.origin,
+            len(indices),
+            lambda k: self._load(indices[k]),
+            self.specs,
+            lambda k: self.where(indices[k]),
+        )
 
 
 def input_specs(model: ir.Model) -> list[InputSpec]:
@@ -150,7 +161,7 @@ def open_data(source: Source, specs: Sequence[InputSpec], *, what: str = "calibr
         data = _from_iterable(source, "python iterable", specs, what)
     if not len(data):
         raise DataError(f"{what} data: {data.origin}: holds no sample")
-    check_sample(data[0], specs, f"{what} data: {data.origin}")
+    _ = data[0]
     return data
 
 
@@ -231,16 +242,30 @@ def _from_arrays(arrays: Sample, origin: str, specs: Sequence[InputSpec], what: 
     rows = next(iter(counts.values()), 0)
     if 0 < rows < batch:
         raise DataError(f"{what} data: {origin}: holds {rows} rows, the model takes {batch} at a time")
-    return Data(origin, rows // batch, lambda k: {n: a[k * batch : (k + 1) * batch] for n, a in arrays.items()}, specs)
+    return Data(
+        origin,
+        rows // batch,
+        lambda k: {n: a[k * batch : (k + 1) * batch] for n, a in arrays.items()},
+        specs,
+        lambda k: f"{what} data: {origin}: sample {k}",
+    )
 
 
 def _open_folder(path: Path, specs: Sequence[InputSpec], what: str) -> Data:
     files = sorted(path.glob("*.npz"))
     if files:
-        return Data(str(path), len(files), lambda k: _read_npz(files[k], what), specs)
+        return Data(
+            str(path), len(files), lambda k: _read_npz(files[k], what), specs, lambda k: f"{what} data: {files[k]}"
+        )
     sets = sorted(path.glob("test_data_set_*"), key=lambda p: (len(p.name), p.name))
     if sets:
-        return Data(str(path), len(sets), lambda k: _read_onnx_set(sets[k], specs, what), specs)
+        return Data(
+            str(path),
+            len(sets),
+            lambda k: _read_onnx_set(sets[k], specs, what),
+            specs,
+            lambda k: f"{what} data: {sets[k]}",
+        )
     raise DataError(f"{what} data: {path}: holds neither .npz files nor test_data_set_* folders")
 
 
@@ -280,7 +305,7 @@ def _from_iterable(items: Any, origin: str, specs: Sequence[InputSpec], what: st
             raise DataError(f"{what} data: {origin}: sample {k} is {found}, not a {{name: array}} mapping")
         return {name: np.asarray(value) for name, value in kept[k].items()}
 
-    return Data(origin, len(kept), load, specs)
+    return Data(origin, len(kept), load, specs, lambda k: f"{what} data: {origin}: sample {k}")
 
 
 def synthetic(

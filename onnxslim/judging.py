@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxslim import data as data_io
-from onnxslim import runtime
+from onnxslim import runtime, verify
 from onnxslim.checks import generated
 from onnxslim.contract import Context
 from onnxslim.data import Data, Source
@@ -70,7 +70,7 @@ def choose(
         if judging is None:
             seen, judging = seen.split(_HELD_OUT) if lossy else (seen, seen)
         for data in (judging, seen):
-            runtime.run(runner, data.feed(data[0]), "the original model")
+            verify.original_outputs(runner, data, 0)
     except (ModelError, DataError) as error:
         if must_run:
             raise

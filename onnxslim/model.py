@@ -31,7 +31,7 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
-from onnxslim import protos, wire
+from onnxslim import protos, sequences, wire
 from onnxslim.errors import ModelError, UsageError
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights they go to a file of their own.
@@ -124,6 +124,7 @@ def infer_shapes(model: ir.Model) -> None:
     weights = model.graph.initializers
     order = list(weights)
     declared = [value.shape for value in model.graph.outputs]
+    typed = {v for node in model.graph.all_nodes() for v in node.outputs if v.type is not None}
     try:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     finally:
@@ -132,6 +133,7 @@ def infer_shapes(model: ir.Model) -> None:
             weights[name] = weights.pop(name)
         for value, shape in zip(model.graph.outputs, declared, strict=True):
             value.shape = value.shape if shape is None else shape
+        sequences.forget_tensor_types(model.graph, typed, model.opset_imports)
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -144,11 +144,19 @@ def run(
             error = f"internal error: {type(failure).__name__}: {failure}"
         if error is None:
             model = draft
+            if item.effect is Effect.LOSSY and not outcome.skipped and not _did(outcome):
+                why = f"the model has nothing that {item.name} changes (onnxslim passes {item.name} says what it does)"
+                outcome.skipped.append(Skip("*", why))
         else:
             ctx.warnings.append(f"{item} was undone: {error}")
             outcome = Outcome(skipped=[*outcome.skipped, Skip("*", f"undone: {error}")])
         steps.append(Step(item, time.perf_counter() - start, outcome, error))
     return model, steps
+
+
+def _did(outcome: Outcome) -> bool:
+    """True when some figure says that something was done."""
+    return any(bool(v) and not isinstance(v, bool) for v in outcome.stats.values())
 
 
 def strictest(passes: Sequence[Pass]) -> Effect:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim import runtime
+from onnxslim import runtime, sequences
 from onnxslim.calibration import Range, collect
 from onnxslim.contract import Context, Outcome, Skip
 from onnxslim.errors import ModelError
@@ -120,8 +120,6 @@ def _types(node: ir.Node, kind: ir.DataType, version: int) -> _Types | str:
     if not any(v is not None and v.dtype == FLOAT for v in (*node.inputs, *node.outputs)):
         unknown = any(v is not None and v.dtype is None and v.type is None for v in (*node.inputs, *node.outputs))
         return f"the types of {node.op_type} are not known" if unknown else ""
-    if any(v is not None and v.type is not None and not isinstance(v.type, ir.TensorType) for v in node.outputs):
-        return f"{node.op_type} gives something else than a tensor"
     if any(g.subgraphs(node)):
         return f"{node.op_type} has subgraphs"
     domain = "" if node.domain == "ai.onnx" else node.domain
@@ -131,6 +129,8 @@ def _types(node: ir.Node, kind: ir.DataType, version: int) -> _Types | str:
         schema = None
     if schema is None:
         return f"nothing is known about the types of {node.domain or 'ai.onnx'}.{node.op_type}"
+    if any(sequences.no_tensor(node, k, {domain: version}) for k in range(len(node.outputs))):
+        return f"{node.op_type} gives something else than a tensor"
     name = f"tensor({kind.name.lower()})"
     allowed = {c.type_param_str: name in c.allowed_type_strs for c in schema.type_constraints}
     inputs = [_formal(schema.inputs, k) for k in range(len(node.inputs))]

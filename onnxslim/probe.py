@@ -171,8 +171,7 @@ class Switched:
         on = set(stored_values(self.units, chosen))
         switches = {f"on:{v}": np.array(v in on) for v in self.values}
         switches.update((f"w:{n}", np.array(n in chosen)) for n in self.products)
-        found = runtime.run(self.runner, {**feeds, **switches})
-        return [np.asarray(found[name]) for name in self.runner.outputs]
+        return runtime.arrays(runtime.run(self.runner, {**feeds, **switches}))
 
 
 class SwitchedWeights:
@@ -205,7 +204,7 @@ class SwitchedWeights:
     def __call__(self, feeds: Feeds, chosen: Collection[str]) -> list[np.ndarray]:
         """The outputs with the other numbers for the ``chosen`` initializers."""
         switches = {f"on:{n}": np.array(n in chosen, np.float32) for n in self.names}
-        return [np.asarray(value) for value in runtime.run(self.runner, {**feeds, **switches}).values()]
+        return runtime.arrays(runtime.run(self.runner, {**feeds, **switches}))
 
 
 def _switch(graph: ir.Graph, name: str) -> ir.Value:
@@ -221,19 +220,28 @@ def _constants(graph: ir.Graph, owner: str, params: QParams) -> tuple[ir.Value, 
     )
 
 
+def _shapes(outputs: Sequence[np.ndarray]) -> list[tuple[int, ...] | None]:
+    return [a.shape if a.dtype.kind == "f" else None for a in outputs]
+
+
 def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) -> float:
     """Squared error over the variance of the exact result, for the worst floating-point output; 0 is perfect.
 
     ``pairs`` are (exact outputs, other outputs) of each sample; errors and variances are summed over the samples.
+    Sequences may give more arrays for one sample than for another; an array of another shape is lost altogether.
     Against the variance, so that a constant offset of an output does not hide errors, which is at least what rounding
     makes of numbers of that size. Where the exact result is NaN or
     infinite nothing can be told; infinity where that is all there is.
     """
     worst = 0.0
     seen = told = 0
-    for index in range(len(pairs[0][0])):
+    if any(_shapes(exact) != _shapes(other) for exact, other in pairs):
+        return np.inf
+    for index in range(max(len(exact) for exact, _ in pairs)):
         error = signal = 0.0
         for exact, other in pairs:
+            if index >= len(exact):
+                continue
             a, b = exact[index], other[index]
             if a.dtype.kind != "f" or not a.size:
                 continue

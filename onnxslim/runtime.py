@@ -28,6 +28,13 @@ IN_MEMORY = 256_000_000
 STAGED = 1_000_000_000
 _FEWEST_BLOCKS, _MOST_BLOCKS = 4, 12
 _FEWEST_ROUNDS = 3
+_NOT_IN_NUMPY = (
+    ir.DataType.BFLOAT16,
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+)
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -41,7 +48,8 @@ class _Declared(NamedTuple):
 class Runner:
     """A session together with the names it takes and gives: ``runner(feeds) -> {output: array}``.
 
-    Floats are converted where the session declares another float type than the sample has.
+    Floats are converted where the session declares another float type than the sample has. A pass that fails is a
+    `ModelError`.
     ``again`` makes the session anew; with it, `rest` gives the memory of the session back until the next call.
     """
 
@@ -66,7 +74,11 @@ class Runner:
             self._session = None
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        results = self.session.run(None, worker.fitted(self._declared, feeds))
+        try:
+            results = self.session.run(None, worker.fitted(self._declared, feeds))
+        except Exception as error:  # the binding raises a dozen unrelated types
+            shapes = {name: list(a.shape) for name, a in feeds.items()}
+            raise ModelError(f"fails on inputs {shapes}: {_first_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
 
 
@@ -224,9 +236,24 @@ def run(runner: Runner, feeds: Mapping[str, np.ndarray], where: str = "the model
     """
     try:
         return runner(feeds)
-    except Exception as error:  # as above
-        shapes = {name: list(a.shape) for name, a in feeds.items()}
-        raise ModelError(f"{where}: fails on inputs {shapes}: {_first_line(error)}") from error
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+
+
+def leaves(outputs: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array in a set of outputs; elements of sequences and maps get the name ``output[key]``."""
+    for name, value in outputs.items():
+        if isinstance(value, list):
+            yield from leaves({f"{name}[{k}]": item for k, item in enumerate(value)})
+        elif isinstance(value, dict):
+            yield from leaves({f"{name}[{key}]": item for key, item in value.items()})
+        elif value is not None:  # an absent optional
+            yield name, np.asarray(value)
+
+
+def arrays(outputs: Mapping[str, Any]) -> list[np.ndarray]:
+    """Every array in a set of outputs, in their order."""
+    return [array for _, array in leaves(outputs)]
 
 
 def tap(
@@ -241,9 +268,10 @@ def tap(
 
     Only the part of the graph that these values need is computed, and one sample's tensors are in memory at a time.
     A value in the branch of an If is empty where the branch is not taken; values in other bodies cannot be tapped.
+    Types that the binding cannot give out come as float32.
     """
     from onnxslim import branch_values
-    from onnxslim.graph import remove_dead
+    from onnxslim.graph import add_node, remove_dead
 
     wanted = list(dict.fromkeys(names))
     clone = model.clone()
@@ -259,6 +287,11 @@ def tap(
         value = values[name]
         # ONNX Runtime infers the type of an intermediate value itself; a declared shape may be stale or too narrow.
         value.shape = None
+        if value.dtype in _NOT_IN_NUMPY:
+            like = ir.Value(name=value.name, type=ir.TensorType(ir.DataType.FLOAT))
+            to = {"to": int(ir.DataType.FLOAT)}
+            cast = add_node(clone.graph, "Cast", [value], after=value.producer(), attributes=to, like=like)
+            values[name] = value = cast.outputs[0]
         clone.graph.outputs.append(value)
     if not clone.graph.outputs:
         for feed in feeds:

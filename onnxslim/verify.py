@@ -26,6 +26,7 @@ import numpy as np
 from onnxslim import runtime
 from onnxslim.contract import NoProgress, Progress
 from onnxslim.data import Data, Sample
+from onnxslim.errors import DataError, ModelError
 from onnxslim.metrics import Metric
 
 # Relative error allowed to a lossless pass, by element type of the output. Integers and strings must be equal.
@@ -211,10 +212,31 @@ def _key(feeds: Mapping[str, np.ndarray]) -> Hashable | None:
     return tuple((n, str(a.dtype), a.shape, hashlib.sha256(a.tobytes()).digest()) for n, a in arrays.items())
 
 
-class Reference:
-    """The outputs of one model on each sample of ``data``, computed once and kept while they are small."""
+def original_outputs(runner: runtime.Runner, data: Data, k: int, sample: Sample | None = None) -> dict[str, Any]:
+    """What the original model, which is as the user wants it, gives for sample ``k`` of ``data``.
 
-    def __init__(self, runner: runtime.Runner, data: Data, where: str = "the original model") -> None:
+    Raises:
+        DataError: it fails on this sample, which the message names.
+    """
+    try:
+        return runtime.run(runner, data.feed(data[k] if sample is None else sample), "the original model")
+    except ModelError as error:
+        raise DataError(f"{data.where(k)}: {error}; correct the sample or leave it out") from error
+
+
+def try_all(runner: runtime.Runner, data: Data) -> None:
+    """Raise `DataError` when the original fails on a sample of ``data``."""
+    for k, sample in enumerate(data):
+        original_outputs(runner, data, k, sample)
+
+
+class Reference:
+    """The outputs of one model on each sample of ``data``, computed once and kept while they are small.
+
+    ``where`` names the model in errors; without it, it is the original, and a sample that it fails on is bad data.
+    """
+
+    def __init__(self, runner: runtime.Runner, data: Data, where: str | None = None) -> None:
         self.runner = runner
         self.data = data
         self._where = where
@@ -236,7 +258,10 @@ class Reference:
     def _outputs(self, k: int, sample: Sample) -> dict[str, Any]:
         if k in self._kept:
             return self._kept[k]
-        outputs = runtime.run(self.runner, self.data.feed(sample), self._where)
+        if self._where is None:
+            outputs = original_outputs(self.runner, self.data, k, sample)
+        else:
+            outputs = runtime.run(self.runner, self.data.feed(sample), f"{self._where}: {self.data.where(k)}")
         size = _nbytes(outputs)
         if self._size + size <= _CACHE:
             self._kept[k] = outputs
@@ -265,7 +290,7 @@ def measure(
         got = runtime.run(candidate, reference.data.feed(sample), where)
         if metric is not None:
             scores.append(metric(got, sample, want))
-        right, left = dict(_leaves(want)), dict(_leaves(got))
+        right, left = dict(runtime.leaves(want)), dict(runtime.leaves(got))
         for name in dict.fromkeys((*right, *left)):
             pairs.setdefault(name, _Pair(name)).update(right.get(name), left.get(name))
     fidelity = Fidelity(tuple(p.result() for p in pairs.values()), len(reference.data), reference.data.origin)
@@ -277,19 +302,8 @@ def score(reference: Reference, metric: Metric) -> float:
     return float(np.mean([metric(outputs, sample, outputs) for sample, outputs in reference]))
 
 
-def _leaves(outputs: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array in a set of outputs; elements of sequences and maps get the name ``output[key]``."""
-    for name, value in outputs.items():
-        if isinstance(value, list):
-            yield from _leaves({f"{name}[{k}]": item for k, item in enumerate(value)})
-        elif isinstance(value, dict):
-            yield from _leaves({f"{name}[{key}]": item for key, item in value.items()})
-        elif value is not None:  # an absent optional
-            yield name, np.asarray(value)
-
-
 def _nbytes(outputs: Mapping[str, Any]) -> int:
-    return sum(array.nbytes for _, array in _leaves(outputs))
+    return sum(array.nbytes for _, array in runtime.leaves(outputs))
 
 
 class _Pair:

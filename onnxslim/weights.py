@@ -19,6 +19,9 @@ from onnxslim.units import NEVER, PRODUCTS
 
 # Weights with fewer elements are no size.
 SMALLEST = 4096
+# Numbers beyond have squares, added up over a weight, that float32 does not hold.
+LARGEST = 1e15
+TOO_LARGE = "its weight has numbers that are NaN, infinite or too large to be squared"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,18 @@ def find_weights(
         else:
             skipped += [Skip(n.name or n.op_type, why) for n, _ in readers]
     return weights, list(dict.fromkeys(skipped))
+
+
+def squares(weight: ir.Value) -> bool:
+    """True when the numbers of a constant are finite, and their squares too: errors can be told then."""
+    tensor = weight.const_value
+    if tensor is None or not tensor.size:
+        return True
+    array = tensor.numpy()
+    low, high = float(array.min()), float(array.max())
+    del array
+    model_io.forget(tensor)
+    return low > -LARGEST and high < LARGEST
 
 
 def with_moments(
@@ -182,6 +197,8 @@ def _unsuitable(value: ir.Value, readers: list[tuple[ir.Node, int]], keep: Colle
         return f"its weight has fewer than {SMALLEST} elements"
     if value.is_graph_output() or len(value.uses()) != len(readers):
         return "its weight is read by something else too"
+    if not squares(value):
+        return TOO_LARGE
     rank = len(value.const_value.shape)
     alike = {(n.op_type == "Conv", axis % rank, int(g.attribute(n, "group", 1))) for n, axis in readers}
     return None if len(alike) == 1 else "its weight is read both ways round"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from onnxslim import graph as g
 from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.errors import ModelError
 from onnxslim.opset import raise_opset
 from onnxslim.palettes import shared
 from onnxslim.units import name_all_nodes
@@ -61,9 +63,9 @@ class Cluster(Pass):
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         name_all_nodes(model)
         weights, skipped = find_weights(model, self.keep, tables=True)
-        stats: dict[str, Any] = {"weights": len(weights), "bits": self.bits, "rounded": 0}
         if not weights:
-            return Outcome(stats, skipped)
+            return Outcome({"weights": 0}, skipped)
+        stats: dict[str, Any] = {"weights": len(weights), "bits": self.bits, "rounded": 0}
         before = model_io.deflated(model)
         judged = self.fidelity > 0 and not ctx.synthetic and len(ctx.calibration) > 0
         fit, held_out = ctx.calibration.split(0.25) if judged else (ctx.calibration, ctx.calibration)
@@ -93,7 +95,8 @@ class Cluster(Pass):
                 g.set_constant(weight.value, values[index])
         g.remove_dead(model.graph)
         if self.palette:
-            stats["looked_up_at_run_time"] = self._left(model, written, ctx, skipped)
+            with contextlib.suppress(ModelError):  # an operator that this runtime does not know: it cannot be seen
+                stats["looked_up_at_run_time"] = self._left(model, written, ctx, skipped)
         return Outcome(stats | {"deflated_bytes_before": before, "deflated_bytes": model_io.deflated(model)}, skipped)
 
     def _left(self, model: ir.Model, written: dict[str, Weight], ctx: Context, skipped: list[Skip]) -> int:

@@ -135,13 +135,13 @@ class _Search:
     def faithful(self, chosen: list[str], budget: float) -> list[str]:
         """As many of ``chosen`` as the outputs bear, the layers that disturb them most left out first."""
         runner = runtime.load(self.model, threads=self.ctx.threads)
-        exact = [list(runner(f).values()) for f in self.feeds]
+        exact = [runtime.arrays(runner(f)) for f in self.feeds]
 
         def lost(names: Sequence[str]) -> float:
             if not names:
                 return 0.0
             other = runtime.load(self.insert(names), threads=self.ctx.threads)
-            return noise([(e, list(other(f).values())) for e, f in zip(exact, self.feeds, strict=True)])
+            return noise([(e, runtime.arrays(other(f))) for e, f in zip(exact, self.feeds, strict=True)])
 
         def alone(names: Sequence[str]) -> dict[str, float]:
             tracked = self.ctx.progress.track(names, total=len(names), label="sensitivity")

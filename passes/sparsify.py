@@ -109,14 +109,14 @@ class Sparsify(Pass):
         """The largest of `SHARES` that keeps the fidelity, by bisection, and the fidelity it has."""
         feeds = list(held_out.spread(JUDGED).feeds())
         runner = runtime.load(model, threads=ctx.threads)
-        exact = [list(runner(f).values()) for f in feeds]
+        exact = [runtime.arrays(runner(f)) for f in feeds]
         best: tuple[list[tuple[ir.Value, np.ndarray]], float] = ([], 1.0)
         low, high = 0, len(SHARES)  # the number of shares that can be had lies in [low, high]
         while low < high:
             middle = (low + high + 1) // 2
             found = list(work.thinned(SHARES[middle - 1]))
             other = runtime.load(_with(model, found), threads=ctx.threads)
-            lost = noise([(e, list(other(f).values())) for e, f in zip(exact, feeds, strict=True)])
+            lost = noise([(e, runtime.arrays(other(f))) for e, f in zip(exact, feeds, strict=True)])
             if lost <= 1 - self.fidelity:
                 low, best = middle, (found, round(1 - lost, 5))
             else:

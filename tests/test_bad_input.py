@@ -326,3 +326,79 @@ def test_a_real_process_says_it_in_one_line(proto: onnx.ModelProto, tmp_path: Pa
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out.onnx").exists()
     assert not (tmp_path / "repro").exists()
+
+
+def _gatherer() -> onnx.ModelProto:
+    """Looks rows up and multiplies them: an index that is not in the table fails when the model runs."""
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "w1"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "w2"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "gatherer",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["N", "L"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", "L", 64])],
+        [weight("table", 32, 64), weight("w1", 64, 128), weight("w2", 128, 64)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("form", ["npz", "folder"])
+@pytest.mark.parametrize("option", ["--calib", "--eval"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "simplify",
+        "int8(measure=false)",
+        "dynamic_int8(measure=false)",
+        "prune(ratio=0.3)",
+        "sparsify(ratio=0.3)",
+        "cluster",
+        "int4",
+        "fp16",
+    ],
+)
+def test_a_sample_that_the_original_cannot_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], passes: str, option: str, form: str
+) -> None:
+    onnx.save(_gatherer(), tmp_path / "in.onnx")
+    ids = np.random.default_rng(1).integers(0, 32, (12, 5))
+    # All that calibrate but the first, of which a pass may take only some; and one that is held out to judge.
+    for bad in ([1, 2, 3, 6, 7, 8, 9], [11]):
+        broken = ids.copy()
+        broken[bad, 2] = 99
+        if form == "npz":
+            data = tmp_path / "data.npz"
+            np.savez(data, ids=broken)
+            where = [f"{data}: sample {k}: " for k in bad]
+        else:
+            data = tmp_path / "data"
+            data.mkdir(exist_ok=True)
+            for k in range(len(broken)):
+                np.savez(data / f"{k:02}.npz", ids=broken[k : k + 1])
+            where = [f"{data / f'{k:02}.npz'}: " for k in bad]
+        options = ["--passes", passes, option, str(data), "--no-bench"]
+        error = _fails(capsys, tmp_path, str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), *options)
+        assert any(name in error for name in where)
+        assert "the original model: fails on inputs {'ids': [1, 5]}" in error
+        assert "leave it out" in error
+
+
+def test_a_later_sample_of_the_wrong_shape_is_named(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for k in range(6):
+        np.savez(data / f"{k}.npz", x=GOOD[:1, : 1 if k == 2 else 2])
+    for option in ("--calib", "--eval"):
+        error = _fails(capsys, tmp_path, str(tiny), str(tmp_path / "out.onnx"), option, str(data), "--no-bench")
+        assert f"{data / '2.npz'}: array 'x' has shape [1, 1, 8, 8]" in error

@@ -55,7 +55,27 @@ def _attention() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     return net(nodes, {"x": [1, 5, 6]}, weights | shapes, {"y": [1, 5, 6]}), {"x": normal(1, 5, 6)}
 
 
-@pytest.mark.parametrize("build", [_cnn, _attention])
+def _beside_nothing() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Products with a weight that has no elements, over an input of no size, are added to the others."""
+    nodes = [
+        node("MatMul", "none w0", "m0"),
+        node("MatMul", "x w1", "m1"),
+        node("Add", "m0 m1", "a"),
+        node("Relu", "a", "r"),
+        node("MatMul", "r w2", "b"),
+        node("Relu", "b", "s"),
+        node("MatMul", "s w3", "c"),
+        node("Relu", "c", "t"),
+        node("MatMul", "t w4", "y"),
+    ]
+    weights = {"w0": normal(0, 8), "w1": normal(6, 8), "w2": normal(8, 7), "w3": normal(7, 5), "w4": normal(5, 4)}
+    return net(nodes, {"x": [3, 6], "none": [3, 0]}, weights, {"y": [3, 4]}), {
+        "x": normal(3, 6),
+        "none": normal(3, 0),
+    }
+
+
+@pytest.mark.parametrize("build", [_cnn, _attention, _beside_nothing])
 def test_counts_are_those_of_the_cut_model(build: object) -> None:
     proto, feed = build()  # type: ignore[operator]
     coupled = coupling.analyze(model_io.load(proto), feed, threads=1)

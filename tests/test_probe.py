@@ -24,6 +24,17 @@ def test_what_is_not_finite_is_no_proof() -> None:
     assert noise([([EXACT], [nan])]) == np.inf
 
 
+def test_arrays_of_a_sequence_may_be_more_in_one_sample_than_in_another() -> None:
+    other = EXACT + np.float32(0.5)
+    assert noise([([EXACT], [EXACT]), ([EXACT, EXACT], [EXACT, other])]) == pytest.approx(4 * 0.25 / 5)
+    assert noise([([EXACT, EXACT], [EXACT])]) == np.inf
+
+
+def test_a_float_output_of_another_shape_is_lost() -> None:
+    assert noise([([EXACT], [EXACT[:2]])]) == np.inf
+    assert noise([([EXACT, np.arange(3)], [EXACT, np.arange(2)])]) == 0
+
+
 def test_an_output_that_does_not_vary_may_differ_by_rounding() -> None:
     exact = np.full((4, 1), -5.7711415, np.float32)
     assert noise([([exact], [np.nextafter(exact, np.float32(0))])]) < 1e-3

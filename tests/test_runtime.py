@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 
 from onnxslim import model as model_io
 from onnxslim import runtime
@@ -114,3 +116,19 @@ def test_models_are_compared_in_new_sessions(
 def test_the_runtime_s_own_graph_is_shown(proto: onnx.ModelProto) -> None:
     shown = runtime.optimized(model_io.load(proto))
     assert "Relu" not in {node.op_type for node in shown.graph}, "ONNX Runtime fuses Conv and Relu"
+
+
+def test_types_that_numpy_lacks_are_tapped_as_float32() -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["b"], to=TensorProto.BFLOAT16),
+        helper.make_node("Cast", ["b"], ["y"], to=TensorProto.FLOAT),
+    ]
+    inputs, outputs = ([helper.make_tensor_value_info(n, TensorProto.FLOAT, [3])] for n in "xy")
+    info = [helper.make_tensor_value_info("b", TensorProto.BFLOAT16, [3])]
+    graph = helper.make_graph(nodes, "casts", inputs, outputs, value_info=info)
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    x = np.array([1, 0.5, 1 + 2**-10], np.float32)
+    (values,) = runtime.tap(model, ["b", "y"], [{"x": x}])
+    assert values["b"].dtype == np.float32
+    np.testing.assert_array_equal(values["b"], [1, 0.5, 1])
+    np.testing.assert_array_equal(values["b"], values["y"])

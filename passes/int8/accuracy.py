@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxslim import runtime
@@ -46,6 +45,6 @@ def kernel_noise(model: ir.Model, data: Data, ctx: Context) -> float:
     exact, real = (runtime.load(model, threads=ctx.threads, optimize=optimize) for optimize in (False, True))
     pairs = []
     for feed in data.spread(FEWEST).feeds():
-        want, got = ([np.asarray(v) for v in runtime.run(runner, feed).values()] for runner in (exact, real))
+        want, got = (runtime.arrays(runtime.run(runner, feed)) for runner in (exact, real))
         pairs.append((want, got))
     return noise(pairs)

@@ -68,8 +68,8 @@ def _moments(
     """Of what ``sites`` read, at most ``limit`` rows per sample; filed under `_keys`."""
     statistics: dict[tuple[str, int], RowMoments] = {}
     for site in sites:
-        for key, (_, axis, _) in zip(_keys(site), _operands(site), strict=True):
-            statistics.setdefault(key, RowMoments(_rows(axis, limit)))
+        for key in _keys(site):
+            statistics.setdefault(key, RowMoments(_rows(key[1], limit)))
     attached: dict[str, list[RowMoments]] = {}
     for (value, _), statistic in statistics.items():
         attached.setdefault(value, []).append(statistic)
@@ -256,10 +256,14 @@ def _keys(site: Site) -> list[tuple[str, int]]:
 
 
 def _rows(axis: int, limit: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Turn a value into at most ``limit`` rows over the channels of ``axis``."""
+    """Turn a value into at most ``limit`` rows over the channels of ``axis``, counted from the end.
+
+    The two operands of a product may have different ranks, and a vector has but one axis.
+    """
 
     def rows(array: np.ndarray) -> np.ndarray:
-        flat = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+        own = max(axis, -array.ndim)
+        flat = np.moveaxis(array, own, -1).reshape(-1, array.shape[own])
         return flat[np.linspace(0, len(flat) - 1, limit).astype(int)] if len(flat) > limit else flat
 
     return rows

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
+import onnxslim
 from onnxslim import coupling, frontier, runtime
 from onnxslim import data as data_io
 from onnxslim import model as model_io
@@ -16,6 +18,7 @@ from onnxslim.passes.prune import measure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from coupled_graphs import CASES, Case
+from nets import node, normal
 
 NAMES = ("residual", "squeeze_excite", "attention", "grouped_queries", "shared_weight", "lstm_input", "dense_block")
 
@@ -50,3 +53,29 @@ def test_errors_are_those_of_the_whole_model(case: Case, monkeypatch: pytest.Mon
         monkeypatch.setattr(frontier, "LIMIT", limit)
         found = measure.sensitivity(coupled, measured, removals, held_out, ctx)
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("passes", ["prune", "prune(ratio=0.3)"])
+def test_a_product_of_operands_of_different_ranks_is_measured(passes: str) -> None:
+    """The table of an embedding is the weight of the last layer too, as in language models."""
+    nodes = [
+        node("Gather", "table ids", "rows"),
+        node("Transpose", "table", "turned", perm=[1, 0]),
+        node("MatMul", "rows turned", "y"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tied",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["N", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 6, 128])],
+        [numpy_helper.from_array(normal(128, 64), "table")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    ids = np.random.default_rng(0).integers(0, 128, (12, 6))
+    result = onnxslim.optimize(model, passes, {"ids": ids}, bench=False, threads=1)
+    assert result.exit_code == 0, result.report.warnings
+    assert result.report.passes[-1]["stats"]["families"] == 1
+    if passes != "prune":
+        (table,) = result.proto().graph.initializer
+        assert table.dims[0] == 128
+        assert table.dims[1] < 64
