@@ -44,11 +44,18 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
+class Earlier:
+    """The result of an earlier step, or the variable (-1); no number, so that none is taken for it in a cache."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
-    """One node: its operator, its attributes, and operands (an earlier step, -1 for the variable, or a constant)."""
+    """One node: its operator, its attributes, and operands (what came before, or a constant)."""
 
     op_type: str
-    operands: tuple[int | float | None, ...]
+    operands: tuple[Earlier | float | None, ...]
     attributes: tuple[tuple[str, Any], ...]
 
 
@@ -173,9 +180,11 @@ def _steps(cone: Cone) -> tuple[Step, ...] | None:
     rank = len(g.known_shape(cone.leaf) or ())
     steps: list[Step] = []
     for node in cone.nodes:
-        operands: list[int | float | None] = []
+        operands: list[Earlier | float | None] = []
         for value in node.inputs:
-            operand = None if value is None else _scalar(value, rank) if g.is_constant(value) else position[value]
+            operand = (
+                None if value is None else _scalar(value, rank) if g.is_constant(value) else Earlier(position[value])
+            )
             if operand is None and value is not None:
                 return None
             operands.append(operand)
@@ -201,6 +210,6 @@ def _scalar(value: ir.Value, rank: int) -> float | None:
 def _evaluate(steps: tuple[Step, ...], x: Jet) -> Jet:
     values: list[Jet] = []
     for step in steps:
-        operands = [o if not isinstance(o, int) else x if o < 0 else values[o] for o in step.operands]
+        operands = [o if not isinstance(o, Earlier) else x if o.step < 0 else values[o.step] for o in step.operands]
         values.append(OPERATORS[step.op_type](x, operands, dict(step.attributes)))
     return values[-1]

@@ -156,6 +156,12 @@ def test_values_that_others_read_stay() -> None:
     assert operators(apply(model, "fuse")[0]) == operators(model)
 
 
+def test_a_constant_is_not_taken_for_a_value_of_its_number() -> None:
+    """What was found for a program with a value must not be remembered for one with a constant in its place."""
+    assert fused(["a = Max x x", "y = Abs a"]) == ["LeakyRelu"]
+    assert fused(["a = Max x -1", "y = Abs a"]) == ["Max", "Abs"]
+
+
 def test_a_constant_that_adds_axes_stays() -> None:
     weights = {"three": np.full((1, 1, 1, 1), 3, np.float32), "low": np.float32(0), "six": np.float32(6)}
     nodes = [node("Add", "x three", "a"), node("Clip", "a low six", "b"), node("Div", "b six")]
