@@ -16,6 +16,7 @@ from onnxslim.passes.fold import OLDEST_OPSET, Fold
 from onnxslim.passes.fuse.functions import fuse_functions
 from onnxslim.passes.fuse.norms import fuse_norms
 from onnxslim.passes.fuse.parallel import merge_parallel
+from onnxslim.passes.fuse.rows import drop_batch_axis
 from onnxslim.passes.fuse.shifts import fuse_shifts
 from onnxslim.passes.fuse.sums import merge_sums
 from onnxslim.passes.fuse.work import Work
@@ -40,6 +41,8 @@ class Fuse(Pass):
       blocks of channels of the convolutions, where they would be copied out and back. Done when the graph that the
       runtime executes here has fewer nodes then.
     * Products of one value with several constant matrices (queries, keys and values): one product, split behind it.
+    * Products with a bias in a file for one sample: without the axis of size 1 they are Gemm of matrices. Done where
+      the pairs that become one node are more than the nodes that take the axis away and give it back.
     * Bias and residual in front of LayerNormalization: one Sum, which the CPU provider runs faster than the
       SkipLayerNormalization it would make of the Adds.
 
@@ -108,6 +111,7 @@ def _fuse(model: ir.Model, newest: int, ctx: Context | None) -> Work:
             work.scaled = False
     if ctx is not None:
         merge_parallel(work)
+        drop_batch_axis(work)
         merge_sums(work, ctx)
         fuse_shifts(work, ctx)
     g.remove_dead(model.graph, start=[])

@@ -78,21 +78,30 @@ def _merge(work: Work, nodes: list[ir.Node]) -> None:
         return
     first, x = nodes[0], nodes[0].inputs[0]
     value = work.insert("MatMul", [x, work.constant(np.concatenate([p.weight for p in parts], 1))], first).outputs[0]
-    value.shape = None
+    value.shape = _with(first.outputs[0], -1, sum(part.outputs for part in parts))
     if biased:
         dtype = parts[0].weight.dtype
         bias = [part.bias if part.bias is not None else np.zeros(part.outputs, dtype) for part in parts]
-        value = work.insert("Add", [value, work.constant(np.concatenate(bias))], first).outputs[0]
-        value.shape = None
+        value, product = work.insert("Add", [value, work.constant(np.concatenate(bias))], first).outputs[0], value
+        value.shape = product.shape
     axis, counts = -1, [part.outputs for part in parts]
     if cutting:
         axis, counts = -2, [part.target[-2] for part in parts if part.target is not None]
         assert parts[0].target is not None
         target = np.array([*parts[0].target[:-2], sum(counts), parts[0].target[-1]], np.int64)
         value = work.insert("Reshape", [value, work.constant(target)], first).outputs[0]
-        value.shape = None
+        value.shape = _with(parts[0].result, -2, sum(counts))
     work.split(value, axis, counts, first, [part.nodes[-1] for part in parts])
     work.done["merged products"] += len(parts)
+
+
+def _with(value: ir.Value, axis: int, size: int) -> ir.Shape | None:
+    """The shape of ``value`` with another size of one axis."""
+    dims = list(value.shape) if value.shape is not None else None
+    if dims is None:
+        return None
+    dims[axis] = size
+    return ir.Shape(dims)
 
 
 def _part(node: ir.Node, rank: int) -> Part:
