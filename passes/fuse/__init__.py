@@ -111,6 +111,8 @@ def _fuse(model: ir.Model, newest: int, ctx: Context | None) -> Work:
             work.scaled = False
     if ctx is not None:
         merge_parallel(work)
+        if work.done.total() != done:
+            Fold().apply(model, ctx)  # one product in the place of several may follow another alone
         drop_batch_axis(work)
         merge_sums(work, ctx)
         fuse_shifts(work, ctx)

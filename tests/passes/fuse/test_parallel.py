@@ -112,3 +112,12 @@ def test_any_combination(outputs: list[int], data: st.DataObject) -> None:
     model = products(tuple(outputs), biased=biased, heads=heads)
     before = [op for op in operators(model) if op != "Tanh"]
     assert len(fused(model)) <= len(before)
+
+
+def test_a_merged_product_is_folded_into_the_one_in_front_of_it() -> None:
+    nodes = [node("MatMul", "x w", "a")]
+    for k, last in enumerate(("Relu", "Tanh")):
+        nodes += [node("MatMul", f"a w{k}", f"m{k}"), node("Add", f"m{k} b{k}", f"a{k}"), node(last, f"a{k}", f"y{k}")]
+    arrays = {"w": normal(8, 8), "w0": normal(8, 4), "w1": normal(8, 3), "b0": normal(4), "b1": normal(3)}
+    model = net(nodes, {"x": ("n", 5, 8)}, arrays, ["y0", "y1"])
+    assert fused(model) == ["MatMul", "Add", "Split", "Relu"]
