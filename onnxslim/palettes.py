@@ -58,7 +58,8 @@ def palette(numbers: np.ndarray, count: int, importance: np.ndarray | None = Non
 
 def nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """The index, uint8, of the nearest of the sorted ``values`` to each of ``numbers``; of zero to zero, if there."""
-    index = np.searchsorted((values[1:] + values[:-1]) / 2, numbers)
+    middles = (values[1:].astype(np.float64) + values[:-1]) / 2  # of denormal numbers too
+    index = np.searchsorted(middles, numbers)
     return index.astype(np.uint8)
 
 
@@ -68,21 +69,45 @@ def _lloyd(numbers: np.ndarray, count: int, weights: np.ndarray) -> np.ndarray:
     distinct = np.unique(numbers)
     if len(distinct) <= count:
         return distinct.astype(np.float32)
-    mass = np.concatenate([[0.0], np.cumsum(weights)])
-    moment = np.concatenate([[0.0], np.cumsum(weights * numbers)])
+    sums = [np.concatenate([[0.0], np.cumsum(weights * numbers**k)]) for k in range(3)]
     # Where many values serve a density f, their best density goes with its cube root (Panter and Dite, 1951).
     density, edges = np.histogram(numbers, _BINS, weights=weights)
     below = np.concatenate([[0.0], np.cumsum(np.cbrt(density))])
-    values = np.interp((np.arange(count) + 0.5) / count * below[-1], below, edges)
+    steps = (np.arange(count) + 0.5) / count
+    starts = np.interp(steps * below[-1], below, edges), np.linspace(numbers[0], numbers[-1], count)
+    return min((_settled(numbers, sums, start) for start in starts), key=lambda found: found[1])[0]
+
+
+def _settled(numbers: np.ndarray, sums: list[np.ndarray], values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Where ``values`` come to rest, and the squared error; ``sums`` are running ones of the weights' powers 0 to 2."""
+    count = len(values)
     for _ in range(STEPS):
-        cuts = np.concatenate([[0], np.searchsorted(numbers, (values[1:] + values[:-1]) / 2), [len(numbers)]])
-        inside = np.diff(mass[cuts])
-        means = np.where(inside > 0, np.diff(moment[cuts]) / np.maximum(inside, 1e-300), values)
-        moved = np.abs(means - values).max()
-        values = np.maximum.accumulate(means)
+        cuts = _cuts(numbers, values)
+        inside, moment = (np.diff(each[cuts]) for each in sums[:2])
+        means = moment[inside > 0] / inside[inside > 0]
+        if len(means) < count:
+            means = _split(numbers, means, count - len(means))
+        moved = np.abs(means - values).max() if len(means) == len(values) else np.inf
+        values = means
         if moved <= STILL * (numbers[-1] - numbers[0]):
             break
-    return np.unique(values.astype(np.float32))
+    values = np.unique(values.astype(np.float32))
+    inside, moment, square = (np.diff(each[_cuts(numbers, values)]) for each in sums)
+    return values, float(np.sum(square - 2 * values * moment + values.astype(np.float64) ** 2 * inside))
+
+
+def _cuts(numbers: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Where the numbers of each value begin, and where the last ones end."""
+    return np.concatenate([[0], np.searchsorted(numbers, (values[1:] + values[:-1]) / 2), [len(numbers)]])
+
+
+def _split(numbers: np.ndarray, values: np.ndarray, spare: int) -> np.ndarray:
+    """``values``, and ``spare`` more where there is use for them: the ends of the widest clusters, for their means."""
+    cuts = _cuts(numbers, values)
+    low, high = numbers[cuts[:-1]], numbers[cuts[1:] - 1]
+    wide = np.argsort(low - high, kind="stable")[:spare]
+    wide = wide[high[wide] > low[wide]]
+    return np.sort(np.concatenate([np.delete(values, wide), low[wide], high[wide]]))
 
 
 def _refined(rows: np.ndarray, values: np.ndarray, plain: np.ndarray, moments: np.ndarray) -> np.ndarray:
