@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from onnxslim.graph import add_constant, add_node, attribute, is_constant, is_op, set_attribute
 from onnxslim.noops import spread
-from onnxslim.shape_rules import BROADCAST, Shape, axis_of, broadcast_shapes
+from onnxslim.shape_elementwise import BROADCAST, broadcast_shapes
+from onnxslim.shape_rules import Shape, axis_of
 from onnxslim.shapes import Shapes
 from onnxslim.storage import UNARY
 

@@ -7,7 +7,8 @@ from collections.abc import Hashable
 import onnx_ir as ir
 
 from onnxslim.graph import add_node, attribute, is_constant, is_op, only_user, replace
-from onnxslim.shape_rules import BROADCAST, Fact, axis_of
+from onnxslim.shape_elementwise import BROADCAST
+from onnxslim.shape_rules import Fact, axis_of
 from onnxslim.shapes import Shapes
 from onnxslim.sharing import attribute_key
 from onnxslim.storage import UNARY

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxslim import symbolic
-from onnxslim.shape_rules import NOTHING, Call, Fact, Shape, anything, broadcast_shapes, rule
+from onnxslim.shape_elementwise import broadcast_shapes
+from onnxslim.shape_rules import NOTHING, Call, Fact, Shape, anything, rule
 from onnxslim.symbolic import Dim
 
 

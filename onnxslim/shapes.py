@@ -18,14 +18,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxslim import grids, shape_moves, shape_products, shape_windows, symbolic
+from onnxslim import grids, shape_elementwise, shape_moves, shape_products, shape_windows, symbolic
 from onnxslim.graph import is_constant, opset, subgraphs
-from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RANGES, RULES, Call, Fact, Grid, Shape
+from onnxslim.shape_elementwise import RANGES
+from onnxslim.shape_rules import MAX_CONTENT, NOTHING, RULES, Call, Fact, Grid, Shape
 from onnxslim.symbolic import Dim
 
 __all__ = ["Fact", "Shape", "Shapes"]
 
-_TABLES = (shape_moves, shape_products, shape_windows)  # imported for the rules they register
+_TABLES = (shape_elementwise, shape_moves, shape_products, shape_windows)  # imported for the rules they register
 # Float weights of more elements than this are not looked at: shape arithmetic in floats is about scales.
 _FLOATS = 8
 # Names that exporters write when they mean "any size": two of them are two sizes.

@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim.graph import add_constant, add_node, attribute, constant, is_constant, is_op, opset, set_attribute
+from onnxslim.shape_elementwise import BROADCAST
 from onnxslim.shape_moves import pad_amounts, slice_bounds
-from onnxslim.shape_rules import BROADCAST, Shape, axis_of
+from onnxslim.shape_rules import Shape, axis_of
 from onnxslim.shapes import Shapes
 from onnxslim.views import add_view, can_view, is_view
 
