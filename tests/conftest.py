@@ -11,12 +11,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim import pipeline
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.errors import UsageError
 from onnxslim.graph import constant, set_constant
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 MODELS = Path(__file__).parent.parent / "models"
 
