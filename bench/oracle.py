@@ -35,7 +35,7 @@ from onnxslim.coupling import Coupling, Family
 
 TOLERANCE = 1e-4
 # As in onnxslim.verify: how many times its own noise a model may be off.
-_NOISE = 4.0
+NOISE = 4.0
 Feeds = Mapping[str, np.ndarray]
 
 
@@ -60,8 +60,12 @@ def difference(coupled: Coupling, atoms: np.ndarray, sample: Feeds, feeds: Itera
 
 def noise(coupled: Coupling, atoms: np.ndarray, feeds: Iterable[Feeds], threads: int = 1) -> float:
     """Largest relative difference of the model with ``atoms`` masked to itself, in another order of arithmetic."""
-    masked = _masked(coupled, atoms)
-    return _apart(*(runtime.load(masked, threads=threads, optimize=optimize) for optimize in (True, False)), feeds)
+    return itself(_masked(coupled, atoms), feeds, threads)
+
+
+def itself(model: ir.Model, feeds: Iterable[Feeds], threads: int = 1) -> float:
+    """Largest relative difference of ``model`` to itself, with the optimizations of ONNX Runtime on and off."""
+    return _apart(*(runtime.load(model, threads=threads, optimize=optimize) for optimize in (True, False)), feeds)
 
 
 def _masked(coupled: Coupling, atoms: np.ndarray) -> ir.Model:
@@ -104,7 +108,7 @@ class Judged:
     @property
     def holds(self) -> bool:
         """True when removed channels are masked channels, up to rounding."""
-        return self.worst <= max(TOLERANCE, _NOISE * self.noise)
+        return self.worst <= max(TOLERANCE, NOISE * self.noise)
 
 
 def prepare(name: str, threads: int = 1) -> tuple[ir.Model, Feeds]:
@@ -131,7 +135,7 @@ def judge(model: ir.Model, sample: Feeds, *, fast: bool, seed: int = 0, threads:
         error = difference(coupled, atoms, sample, [sample], threads)
         own = noise(coupled, atoms, [sample], threads) if error > TOLERANCE else 0.0
         results.append((error, own))
-    worst, own = max(results, key=lambda r: r[0] / max(TOLERANCE, _NOISE * r[1]), default=(0.0, 0.0))
+    worst, own = max(results, key=lambda r: r[0] / max(TOLERANCE, NOISE * r[1]), default=(0.0, 0.0))
     units = sum(len(family.atoms) for family in families)
     return Judged(len(families), units, len(trials), worst, own, Counter(coupled.frozen().values()))
 
