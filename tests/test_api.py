@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -132,31 +130,6 @@ def test_passes_that_hold_together_are_not_run_one_by_one(tiny: Path, monkeypatc
     loaded.clear()
     assert _kept(_optimize(tiny, "keep,lie,keep(level=2)")) == "keep,keep(level=2)"
     assert len(loaded) > 4
-
-
-def test_no_session_waits_while_a_pass_works(tiny: Path, samples: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    sessions: list[weakref.ref[Any]] = []
-    alive = []
-
-    def load(*args: Any, **options: Any) -> runtime.Runner:
-        runner = runtime.load(*args[1:], **options)
-        sessions.append(weakref.ref(runner.session))
-        return runner
-
-    class Count(Pass):
-        name: ClassVar[str] = "count"
-        effect: ClassVar[Effect] = Effect.LOSSY
-
-        def apply(self, model: ir.Model, ctx: Context) -> Outcome:
-            gc.collect()
-            alive.append(sum(session() is not None for session in sessions))
-            return Outcome({"counted": 1})
-
-    monkeypatch.setattr(runtime, "load_lean", load)
-    result = _optimize(tiny, [*pipeline.parse("keep,lie(by=1.00001)"), Count(), Count()], calibration=samples())
-    assert result.exit_code == 0
-    assert alive == [0, 0]
-    assert len(sessions) == 5  # the original and the result of each pass: the last one is measured as it is
 
 
 def test_small_lies_that_add_up_are_undone(tiny: Path) -> None:
