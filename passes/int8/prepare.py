@@ -88,6 +88,8 @@ def survey(
         attached.setdefault(units[name].inputs[0], []).append(gram)
     calibration.collect(model, attached, ctx, data=data)
     del attached  # the moments take more memory than the model: they are let go of as they are used
+    for gram in grams.values():
+        gram.finish()
     seen_as = {v.name or "": found[0] for v in _values(model) if v.name in histograms and (found := response(v))}
     options = {
         name: {method: profile.params(*limits) for method, limits in ranges.candidates(h, seen_as.get(name)).items()}
