@@ -23,7 +23,7 @@ def test_no_session_waits_while_a_pass_works(
     tiny: Path, samples: Maker, passes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions: list[weakref.ref[Any]] = []
-    alive = []
+    alive: list[int] = []
 
     def load(*args: Any, **options: Any) -> runtime.Runner:
         runner = runtime.load(*args[1:], **options)
