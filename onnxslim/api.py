@@ -223,6 +223,7 @@ class _Run:
         """Run the pipeline; a lossless one again without the pass that made the model slower, if one did."""
         lossless = pipeline.strictest(chosen) is not Effect.LOSSY
         while True:
+            self.checks.final = chosen[-1] if chosen else None
             quiet = list(self.ctx.warnings)
             done = self._at_once(chosen) if lossless and len(chosen) > 1 else None
             if done is None:

@@ -182,7 +182,7 @@ def collect(
     feeds = ctx.progress.track(samples.feeds(), total=len(samples), label=label)
     for values in runtime.tap(model, statistics, feeds, threads=ctx.threads):
         for name, attached in statistics.items():
-            value = values[name]
+            value = values.pop(name)  # nothing of this sample is left in memory when the next one runs
             if not isinstance(value, np.ndarray) or not value.size:
                 continue  # a sequence, or in a branch that was not taken
             for statistic in attached:

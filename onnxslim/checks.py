@@ -49,11 +49,13 @@ class Checks:
 
     Attributes:
         kept: the model after every pass that was kept, the original first.
+        final: the last pass of the pipeline: only the session of its result is worth keeping, for the measurements.
         failed: broken promises; missed: budgets that a pass would have overrun.
     """
 
     def __init__(self, original: ir.Model, runner: runtime.Runner | None, data: Data, ctx: Context) -> None:
         self.kept: list[tuple[str, ir.Model]] = [("", original)]
+        self.final: Pass | None = None
         self.failed: list[str] = []
         self.missed: list[str] = []
         self.evaluation: verify.Reference | None = None
@@ -120,6 +122,8 @@ class Checks:
 
     def _run(self, after: ir.Model, item: Pass) -> str | None:
         try:
+            self._last = None
+            model_io.forget_weights(self.kept[-1][1])
             model_io.forget_weights(after)
             runner = runtime.load_lean(after, after, threads=self._ctx.threads)
             reference = verify.Reference(runner, self._data, f"the result of {item.name}")
@@ -130,7 +134,11 @@ class Checks:
         else:
             if broken is None:
                 self._reference = reference
-                self._last = after, runner
+                # While the next pass works, no session of this result takes memory beside those that the pass makes.
+                done = item is not self.final and _settles(reference)
+                self._last = None if done else (after, runner)
+                if done:
+                    reference.runner = None
         return broken
 
     def _lossless(self, after: ir.Model, runner: runtime.Runner) -> str | None:
@@ -254,6 +262,14 @@ def check_samples(runner: runtime.Runner, data: Data, count: int) -> Data:
             samples.append(batch)
             names.append(f"{names[0]} and {names[-1]}, as one batch")
     return Data(data.origin, len(samples), samples.__getitem__, data.specs, names.__getitem__)
+
+
+def _settles(reference: verify.Reference) -> bool:
+    """Whether the outputs are kept now; a sample that fails is for whoever compares something to it."""
+    try:
+        return reference.settle()
+    except ModelError:
+        return False
 
 
 def _growth(before: ir.Model, after: ir.Model) -> str | None:

@@ -19,6 +19,8 @@ from onnxslim.errors import DataError, ModelError
 
 # Samples that are generated without data.
 _SYNTHETIC = 8
+# A message of the user with more bytes is not serialized, what was read from it is run.
+_MESSAGE = 256_000_000
 _HELD_OUT = 0.25
 
 Shapes = Mapping[str, Sequence[int]]
@@ -86,6 +88,6 @@ def as_given(source: Any, loaded: ir.Model) -> ir.Model | str | bytes:
         return os.fspath(source)
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
-    if isinstance(source, onnx.ModelProto) and source.ByteSize() < runtime.IN_MEMORY:
+    if isinstance(source, onnx.ModelProto) and source.ByteSize() < _MESSAGE:
         return bytes(source.SerializeToString())
     return loaded

@@ -261,17 +261,17 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
     return path
 
 
-def by_reference(model: ir.Model) -> tuple[bytes, Path] | None:
+def by_reference(model: ir.Model, limit: int = INLINE_LIMIT) -> tuple[bytes, Path] | None:
     """``model`` serialized with references to the weights that lie in files, and the folder that they are relative to.
 
-    None where no weight lies in a file, where the files are not in one folder, or where the rest is too large for a
-    message.
+    None where no weight lies in a file, where the files are not in one folder, or where the others have more bytes than
+    ``limit``.
     """
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     files = {t.path: Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
     inline = sum(t.nbytes for t in tensors if not isinstance(t, ir.ExternalTensor))
     folders = {file.parent for file in files.values()}
-    if len(folders) != 1 or inline > INLINE_LIMIT:
+    if len(folders) != 1 or inline > limit:
         return None
     clone = model.clone()
     for value in clone.graph.initializers.values():

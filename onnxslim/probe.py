@@ -51,21 +51,21 @@ class Local:
         for name in self.products:
             self.inputs[name] = self.owner.get(units[name].inputs[0], units[name].inputs[0])
         clone.graph.outputs.clear()
-        self.results: list[ir.Value] = []
+        results: list[ir.Value] = []
         added: dict[str, tuple[ir.Value, ir.Value]] = {}
         for name in self.products:
             owner = self.inputs[name]
             if owner not in added:
                 added[owner] = _params_inputs(clone.graph, owner, profile.dtype)
-            self._branch(clone.graph, units[name], added[owner], weights[name])
+            results += self._branch(clone.graph, units[name], added[owner], weights[name])
         self.owners = list(added)
-        self.names = _give(clone, self.results)
+        self.names = _give(clone, results)
         g.remove_dead(clone.graph)
-        self.runner = runtime.load(clone, threads=threads)
+        self.runner = _load(clone, threads)
 
     def _branch(
         self, graph: ir.Graph, unit: Unit, params: tuple[ir.Value, ir.Value], weight: tuple[np.ndarray, QParams]
-    ) -> None:
+    ) -> list[ir.Value]:
         assert unit.weight is not None
         node, home = unit.node, unit.node.graph
         inputs = list(node.inputs)
@@ -84,10 +84,11 @@ class Local:
         mean = _reduce(graph, "ReduceMean", rows.outputs[0], axes, self.version)
         noise = _reduce(graph, "ReduceSumSquare", error.outputs[0], None, self.version)
         signal = _reduce(graph, "ReduceSumSquare", exact, None, self.version)
-        for kind, found in (("mean", mean), ("noise", noise), ("signal", signal)):
+        results = [mean, noise, signal]
+        for kind, found in zip(("mean", "noise", "signal"), results, strict=True):
             found.name = f"{kind}:{unit.name}"
             found.dtype = ir.DataType.FLOAT
-            self.results.append(found)
+        return results
 
     def __call__(self, feeds: Feeds, params: Mapping[str, QParams]) -> dict[str, tuple[float, float, np.ndarray]]:
         """For each product: squared error, squared norm of the exact result, mean error per channel (channels,).
@@ -141,7 +142,7 @@ class Switched:
         # Outputs may have been renamed: they are read by position.
         for name in self.products:
             self._weight(graph, self.units[name], plan)
-        self.runner = runtime.load(clone, threads=threads)
+        self.runner = _load(clone, threads)
 
     def _weight(self, graph: ir.Graph, unit: Unit, plan: Plan) -> None:
         assert unit.weight is not None
@@ -199,12 +200,23 @@ class SwitchedWeights:
             choice = g.add_node(graph, "Add", [value, step.outputs[0]], after=step, like=value)
             for use in uses:
                 use.node.replace_input_with(use.idx, choice.outputs[0])
-        self.runner = runtime.load(clone, threads=threads)
+        self.runner = _load(clone, threads)
 
     def __call__(self, feeds: Feeds, chosen: Collection[str]) -> list[np.ndarray]:
         """The outputs with the other numbers for the ``chosen`` initializers."""
         switches = {f"on:{n}": np.array(n in chosen, np.float32) for n in self.names}
         return runtime.arrays(runtime.run(self.runner, {**feeds, **switches}))
+
+
+def _load(clone: ir.Model, threads: int) -> runtime.Runner:
+    """A session for ``clone``, which has had its day: the session has copies of the weights that were added to it.
+
+    Nodes and values refer to each other, so the arrays would wait for a collection of cycles.
+    """
+    runner = runtime.load(clone, threads=threads)
+    for value in clone.graph.initializers.values():
+        value.const_value = None
+    return runner
 
 
 def _switch(graph: ir.Graph, name: str) -> ir.Value:

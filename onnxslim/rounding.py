@@ -43,7 +43,9 @@ class Gram:
         # Padding by rule is symmetric but for one element: the moments hardly change.
         if self.is_conv and attribute(node, "auto_pad", "NOTSET").startswith("SAME"):
             self.pads = [(k - 1) // 2 for k in self.window] * 2
-        self._pending: list[np.ndarray] = []
+        # One block for the rows that wait: thousands of small arrays would leave holes that no later array fits into.
+        self._block: np.ndarray | None = None
+        self._waiting = 0
         self.count = 0
         self.square = np.zeros((self.groups, self.width, self.width))
 
@@ -52,18 +54,26 @@ class Gram:
         rows = rows[:, :: max(-(-rows.shape[1] // self.rows), 1)].astype(np.float32)
         if not np.isfinite(rows).all() or not rows.shape[1]:
             return
-        self._pending.append(rows)
-        if sum(r.shape[1] for r in self._pending) >= BATCH:
+        if self._block is None:
+            self._block = np.empty((self.groups, BATCH + self.rows, self.width), np.float32)
+        stop = self._waiting + rows.shape[1]
+        self._block[:, self._waiting : stop] = rows
+        self._waiting = stop
+        if self._waiting >= BATCH:
             self._flush()
 
     def _flush(self) -> None:
         """Take in the rows collected; in batches, because the sums are large and the rows of a sample few."""
-        if not self._pending:
+        if self._block is None or not self._waiting:
             return
-        rows = np.concatenate(self._pending, axis=1)
-        self._pending.clear()
-        self.count += rows.shape[1]
+        rows = self._block[:, : self._waiting]
+        self.count, self._waiting = self.count + self._waiting, 0
         self.square += rows.transpose(0, 2, 1) @ rows
+
+    def finish(self) -> None:
+        """Take in what waits and give its memory back; more rows may follow."""
+        self._flush()
+        self._block = None
 
     def windows(self, array: np.ndarray) -> np.ndarray:
         """(groups, positions, K): what each output of the product multiplies; of a Conv, thinned out."""
@@ -90,7 +100,7 @@ class Gram:
     @property
     def matrix(self) -> np.ndarray:
         """Second moments, (groups, K, K)."""
-        self._flush()
+        self.finish()
         return self.square / max(self.count, 1)
 
 

@@ -22,8 +22,11 @@ from onnxslim.eps import PACKAGES, Ep
 from onnxslim.eps import PROVIDERS as PROVIDERS
 from onnxslim.errors import ModelError, UsageError
 
-# Above this many bytes of weights a session reads them from disk, so that no serialized copy sits in memory.
-IN_MEMORY = 256_000_000
+# Above this many bytes of weights a session reads them from disk: it would keep a serialized copy for as long as it
+# lives, and parse another one while it is made.
+IN_MEMORY = 32_000_000
+# Bytes of weights of each part of a model that runs a part at a time.
+PART = 256_000_000
 # Above this many bytes of weights a model that is only compared runs a part at a time.
 STAGED = 1_000_000_000
 _FEWEST_BLOCKS, _MOST_BLOCKS = 4, 12
@@ -168,7 +171,7 @@ def load_lean(
 ) -> Runner:
     """`load` of ``source``, which ``model`` was read from, to be run a few times: a large model a part at a time."""
     if model_io.weight_bytes(model) > STAGED:
-        parts = stages.cut(model, IN_MEMORY)
+        parts = stages.cut(model, PART)
         if len(parts) > 1:
             return _Staged(model, parts, threads, optimize)
     return load(source, threads=threads, optimize=optimize)
@@ -207,7 +210,7 @@ def _content(
         referring = model_io.file_by_reference(path) if by_reference else None
         return _Content(path, path) if referring is None else _Content(referring[0], path, folder=referring[1])
     name = source.graph.name or "the model"
-    referring = None if whole else model_io.by_reference(source)
+    referring = None if whole else model_io.by_reference(source, IN_MEMORY)
     if referring is not None:
         return _Content(referring[0], name, folder=referring[1])
     if model_io.weight_bytes(source) < IN_MEMORY:
@@ -302,7 +305,10 @@ def tap(
     runner = load_lean(clone, clone, threads=threads, optimize=optimize)
     for feed in feeds:
         results = run(runner, feed)
-        yield {name: results[own] if own in results else np.asarray(feed[own]) for name, own in outputs.items()}
+        found = {name: results[own] if own in results else np.asarray(feed[own]) for name, own in outputs.items()}
+        del results
+        yield found
+        del found  # whoever took it may be done with parts of it before the next sample runs
 
 
 def compare_models(

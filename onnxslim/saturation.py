@@ -54,7 +54,7 @@ class Pairs:
         self.params = params
         weight = np.moveaxis(stored, axis, 0).reshape(self.gram.groups, stored.shape[axis] // self.gram.groups, -1)
         self.order = neighbours(unit.node, stored.shape, axis).reshape(-1)
-        self.weight = weight[..., self.order].astype(np.int32)
+        self.weight = weight[..., self.order]
         self.peak = 0
 
     def update(self, array: np.ndarray) -> None:
@@ -63,7 +63,8 @@ class Pairs:
         if not rows.shape[1] or not np.isfinite(rows).all():
             return
         codes = quantize(rows, self.params).astype(np.int32)
-        for group, weight in zip(codes, self.weight, strict=True):
+        for group, stored in zip(codes, self.weight, strict=True):
+            weight = stored.astype(np.int32)
             for row in group:
                 products = row * weight
                 sums = products[:, 0::2] + products[:, 1::2]

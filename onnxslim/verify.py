@@ -234,10 +234,11 @@ class Reference:
     """The outputs of one model on each sample of ``data``, computed once and kept while they are small.
 
     ``where`` names the model in errors; without it, it is the original, and a sample that it fails on is bad data.
+    ``runner`` may be taken away once the outputs are kept (`settle`).
     """
 
     def __init__(self, runner: runtime.Runner, data: Data, where: str | None = None) -> None:
-        self.runner = runner
+        self.runner: runtime.Runner | None = runner
         self.data = data
         self._where = where
         self._kept: dict[int, dict[str, Any]] = {}
@@ -258,6 +259,7 @@ class Reference:
     def _outputs(self, k: int, sample: Sample) -> dict[str, Any]:
         if k in self._kept:
             return self._kept[k]
+        assert self.runner is not None, "the outputs were not kept"
         if self._where is None:
             outputs = original_outputs(self.runner, self.data, k, sample)
         else:

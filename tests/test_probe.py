@@ -1,11 +1,15 @@
-"""`probe.noise`: error over variance, and nothing said where nothing can be."""
+"""What storing would do: simulated in sessions that alone hold their weights; error over variance."""
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
+import onnx
 import pytest
 
-from onnxslim.probe import noise
+from onnxslim import model as model_io
+from onnxslim.probe import SwitchedWeights, noise
 
 EXACT = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
 
@@ -39,3 +43,18 @@ def test_an_output_that_does_not_vary_may_differ_by_rounding() -> None:
     exact = np.full((4, 1), -5.7711415, np.float32)
     assert noise([([exact], [np.nextafter(exact, np.float32(0))])]) < 1e-3
     assert noise([([exact], [exact * np.float32(1.0001)])]) > 0.02
+
+
+def test_a_simulation_holds_its_weights_once_and_leaves_those_of_the_model(proto: onnx.ModelProto) -> None:
+    model = model_io.load(proto)
+    before = model_io.to_bytes(model)
+    x = np.random.default_rng(0).standard_normal((2, 2, 8, 8)).astype(np.float32)
+    other = np.zeros(model.graph.initializers["w2"].shape.numpy(), np.float32)  # type: ignore[union-attr]
+    changed = weakref.ref(other)
+    switched = SwitchedWeights(model, {"w2": other}, threads=1)
+    del other
+    assert changed() is None
+    plain, without = switched({"x": x}, ()), switched({"x": x}, ("w2",))
+    assert not np.array_equal(plain[0], without[0])
+    assert np.ptp(without[0], axis=0).max() == 0  # nothing but the bias is left
+    assert model_io.to_bytes(model) == before

@@ -122,3 +122,17 @@ def test_without_rows_nothing_changes() -> None:
     params = weight_params(w, 0)
     plain = quantize(w, params)
     np.testing.assert_array_equal(refine(w, plain, params, gram, 0), plain)
+
+
+def test_moments_of_many_samples_are_those_of_all_their_rows() -> None:
+    gram = Gram(unit("MatMul"), (6, 4), 500)
+    arrays = [correlated(count, 6) for count in (300, 700, 900, 1000, 100, 1, 0, 450, 800, 400)]
+    arrays.insert(3, np.full((5, 6), np.nan, np.float32))
+    for k, array in enumerate(arrays):
+        gram.update(array)
+        if k == 5:
+            gram.finish()
+    used = [a[:: -(-len(a) // 500) or 1] for a in arrays if np.isfinite(a).all()]
+    rows = np.concatenate(used).astype(np.float64)
+    np.testing.assert_allclose(gram.matrix[0], rows.T @ rows / len(rows), rtol=1e-5)
+    assert gram.count == len(rows) > 2048

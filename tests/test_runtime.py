@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ def test_tap_yields_what_the_whole_model_computes(proto: onnx.ModelProto) -> Non
         assert np.allclose(np.maximum(row["c"], 0).mean((2, 3)), row["f"], atol=1e-5)
         assert np.allclose(row["f"] @ w2 + b2, row["y"], atol=1e-5)
     assert model_io.to_bytes(model) == before
+
+
+def test_tap_holds_no_values_of_one_sample_while_the_next_runs(proto: onnx.ModelProto) -> None:
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def feeds() -> Iterator[dict[str, np.ndarray]]:
+        for _ in range(3):
+            assert not any(value() is not None for value in held)
+            held.clear()
+            yield {"x": X}
+
+    for values in runtime.tap(model_io.load(proto), ["c", "y"], feeds()):
+        held += [weakref.ref(values.pop(name)) for name in ("c", "y")]
+    assert len(held) == 2
 
 
 def test_tap_computes_only_what_is_needed(proto: onnx.ModelProto) -> None:

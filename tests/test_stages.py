@@ -52,7 +52,7 @@ def test_a_run_on_a_large_model_gives_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(runtime._Staged, "__init__", lambda self, *a: (made.append(self), build(self, *a))[1])
     for limit in (runtime.STAGED, 0):
         monkeypatch.setattr(runtime, "STAGED", limit)
-        monkeypatch.setattr(runtime, "IN_MEMORY", 20_000 if limit == 0 else runtime.IN_MEMORY)
+        monkeypatch.setattr(runtime, "PART", 20_000 if limit == 0 else runtime.PART)
         assert bool(made) == (len(results) == 2)
         results.append(onnxslim.optimize(layered(), "cluster(bits=4)", calibration=feeds(), bench=False))
     assert made

@@ -17,6 +17,7 @@ import onnxslim
 from onnxslim import model as model_io
 from onnxslim import runtime, wire
 from onnxslim.errors import ModelError
+from onnxslim.graph import set_constant
 
 TYPES = [np.float32, np.float64, np.float16, np.int64, np.int8, np.uint8, np.bool_]
 
@@ -161,3 +162,12 @@ def test_a_file_is_run_by_reference_to_its_own_weights(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got[f"yw{k}"], array)
     path.write_bytes(add(weights[1:]).SerializeToString())
     assert model_io.file_by_reference(path) is None
+
+
+def test_new_weights_that_are_large_are_not_serialized_beside_those_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(add([np.arange(2000, dtype=np.float32), np.ones(3000, np.float32)]).SerializeToString())
+    model = model_io.load(path)
+    set_constant(model.graph.initializers["w1"], np.zeros(3000, np.float32))
+    assert model_io.by_reference(model, 12_000) is not None
+    assert model_io.by_reference(model, 11_999) is None

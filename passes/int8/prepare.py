@@ -87,6 +87,9 @@ def survey(
     for name, gram in grams.items():
         attached.setdefault(units[name].inputs[0], []).append(gram)
     calibration.collect(model, attached, ctx, data=data)
+    del attached  # the moments take more memory than the model: they are let go of as they are used
+    for gram in grams.values():
+        gram.finish()
     seen_as = {v.name or "": found[0] for v in _values(model) if v.name in histograms and (found := response(v))}
     options = {
         name: {method: profile.params(*limits) for method, limits in ranges.candidates(h, seen_as.get(name)).items()}
@@ -98,7 +101,8 @@ def survey(
     def store(name: str, *, narrow: bool = False) -> tuple[np.ndarray, QParams]:
         choices = options[owner.get(units[name].inputs[0], units[name].inputs[0])].values()
         least = min(float(c.scale) for c in choices)
-        return _store(units[name], per_channel, grams.get(name), least, narrow=narrow)
+        gram = grams.get(name) if portable and not narrow else grams.pop(name, None)
+        return _store(units[name], per_channel, gram, least, narrow=narrow)
 
     weights = {name: store(name) for name in kept}
     params = {name: found["mse" if "mse" in found else "minmax"] for name, found in options.items() if found}
@@ -112,6 +116,7 @@ def survey(
         )
     if portable and saturating:
         weights.update({name: store(name, narrow=True) for name in saturating})
+        grams.clear()
         shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
     table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
     sizes = {name: histograms[owner.get(name, name)].elements for name in (*names, *owner)}
