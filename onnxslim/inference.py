@@ -57,7 +57,7 @@ def _small(model: ir.Model) -> Iterator[None]:
     weights, inputs = dict(graph.initializers), list(graph.inputs)
     for value in weights.values():
         if value.const_value is not None:
-            value.shape = value.const_value.shape if value.shape is None else value.shape  # type: ignore[assignment]
+            value.shape = ir.Shape(value.const_value.shape.numpy()) if value.shape is None else value.shape
             value.dtype = value.const_value.dtype if value.dtype is None else value.dtype
     try:
         given = set(inputs)
