@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxslim import cost, doctor, integer, judging, metrics, pipeline, repro, runtime, timing, verify
+from onnxslim import collector, cost, doctor, integer, judging, metrics, pipeline, repro, runtime, timing, verify
 from onnxslim import custom_ops as libraries
 from onnxslim import details as extras
 from onnxslim import model as model_io
@@ -110,7 +110,7 @@ def optimize(
         ModelError, DataError, UsageError: what was given cannot be used.
         CheckError: no model that keeps the promises was found, not even the one read from ``model``.
     """
-    with libraries.using(custom_ops):
+    with libraries.using(custom_ops), collector.calm():
         chosen = pipeline.complete(pipeline.parse(passes) if isinstance(passes, str) else list(passes))
         if max_drop is not None:
             metrics.parse_drop(max_drop)

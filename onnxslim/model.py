@@ -27,11 +27,10 @@ from onnx_ir.passes.common import (
     LiftConstantsToInitializersPass,
     LiftSubgraphInitializersToMainGraphPass,
     RemoveInitializersFromInputsPass,
-    ShapeInferencePass,
     TopologicalSortPass,
 )
 
-from onnxslim import protos, sequences, wire
+from onnxslim import inference, protos, wire
 from onnxslim.errors import ModelError, UsageError
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights they go to a file of their own.
@@ -115,25 +114,7 @@ def infer_shapes(model: ir.Model) -> None:
 
     What is declared about outputs stays as it is.
     """
-    import logging
-
-    # A graph with operators of an unknown domain is legal: inference stops there, which is no news to the user.
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    weights = model.graph.initializers
-    order = list(weights)
-    declared = [value.shape for value in model.graph.outputs]
-    typed = {v for node in model.graph.all_nodes() for v in node.outputs if v.type is not None}
-    try:
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    finally:
-        logger.setLevel(level)
-        for name in order:  # inference leaves the large ones out, and appends them again
-            weights[name] = weights.pop(name)
-        for value, shape in zip(model.graph.outputs, declared, strict=True):
-            value.shape = value.shape if shape is None else shape
-        sequences.forget_tensor_types(model.graph, typed, model.opset_imports)
+    inference.run(model)
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -433,25 +414,30 @@ def _sort_if_needed(model: ir.Model) -> None:
 
 def _pieces(model: ir.Model) -> list[wire.Piece]:
     """What a file of ``model`` with its weights inside is made of."""
-    clone = model.clone()
     weights: dict[str, ir.TensorProtocol] = {}
-    for name, value in clone.graph.initializers.items():
+    for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype is ir.DataType.STRING:
             continue
-        if tensor.nbytes < wire.LARGE and not isinstance(tensor, ir.ExternalTensor):
-            continue
-        weights[name] = tensor
-        value.const_value = ir.ExternalTensor(
-            "",
-            0,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-            doc_string=tensor.doc_string,
-        )
-    return wire.pieces(_lean(ir.to_proto(clone)), weights)
+        if tensor.nbytes >= wire.LARGE or isinstance(tensor, ir.ExternalTensor):
+            weights[name] = tensor
+    values = model.graph.initializers
+    try:  # a copy of the model would take longer than all the rest
+        for name, tensor in weights.items():
+            values[name].const_value = ir.ExternalTensor(
+                "",
+                0,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                doc_string=tensor.doc_string,
+            )
+        proto = ir.to_proto(model)
+    finally:
+        for name, tensor in weights.items():
+            values[name].const_value = tensor
+    return wire.pieces(_lean(proto), weights)
 
 
 def _inline_proto(model: ir.Model) -> onnx.ModelProto:

@@ -85,16 +85,19 @@ class Fold(Pass):
 def _fold(work: Work) -> bool:
     """Apply every rule until none finds anything; True when one did."""
     deduplicate_initializers(work.model)  # how many read a weight decides what a copy of it costs
-    before = done = work.done.total()
-    while True:
-        work.reasons.clear()
-        for rule in RULES:
-            rule(work)
-        if work.done.total() == done:
-            break
+    before = work.done.total()
+    reasons: list[dict[ir.Node, str]] = [{} for _ in RULES]
+    idle = k = 0
+    while idle < len(RULES):  # a rule that found nothing finds nothing until another one has changed the graph
+        work.reasons = reasons[k] = {}
         done = work.done.total()
+        RULES[k](work)
+        idle = idle + 1 if work.done.total() == done else 0
+        k = (k + 1) % len(RULES)
+    # The first rule that has something to say about a node does.
+    work.reasons = {node: reason for found in reversed(reasons) for node, reason in found.items()}
     g.remove_dead(work.graph, start=[])
-    return done > before
+    return work.done.total() > before
 
 
 def _left(work: Work) -> list[Skip]:

@@ -234,27 +234,28 @@ def _commit(work: Work, changes: list[Rewrite], rule: str, dropped: tuple[ir.Nod
 def absorb_before(work: Work, kinds: tuple[str, ...]) -> None:
     """Fold the affine chains in front of the operators of these ``kinds``, when every reader of the chain can."""
     for node in work.nodes():
-        if node.graph is not None and len(node.outputs) > 0 and affine(node, work.weights.read) is not None:
-            _absorb_one_before(work, node, kinds)
+        # What reads a node tells sooner than its constants that there is nothing to do.
+        linears = _readers(node, kinds)
+        if linears and affine(node, work.weights.read) is not None:
+            for chain in chain_before(node.outputs[0], work.weights.read):
+                reason = _absorb_chain_before(work, chain, linears)
+                if reason is None:
+                    break
+                work.stays(node, reason)
 
 
-def _absorb_one_before(work: Work, node: ir.Node, kinds: tuple[str, ...]) -> None:
-    value = node.outputs[0]
-    if value.is_graph_output() or not value.uses():
-        return
+def _readers(node: ir.Node, kinds: tuple[str, ...]) -> list[Linear]:
+    """All that read the result of ``node``, where they are linear operators of these ``kinds``; else none."""
+    value = node.outputs[0] if node.outputs else None
+    if value is None or value.is_graph_output():
+        return []
     linears: list[Linear] = []
     for use in value.uses():
-        linear = view(use.node)
-        if linear is None or use.idx != linear.data or linear.x is not value or use.node.graph is not node.graph:
-            return
-        if linear.node.op_type not in kinds:
-            return
+        linear = view(use.node) if use.node.op_type in kinds and use.node.graph is node.graph else None
+        if linear is None or use.idx != linear.data or linear.x is not value:
+            return []
         linears.append(linear)
-    for chain in chain_before(value, work.weights.read):
-        reason = _absorb_chain_before(work, chain, linears)
-        if reason is None:
-            return
-        work.stays(node, reason)
+    return linears
 
 
 def _absorb_chain_before(work: Work, chain: Affine, linears: list[Linear]) -> str | None:

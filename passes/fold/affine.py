@@ -68,7 +68,7 @@ class Affine:
 
     def finite(self) -> bool:
         """False when a product of constants left the range of float64, or a constant was infinite to begin with."""
-        return bool(np.all(np.isfinite(self.scale)) and np.all(np.isfinite(self.offset)))
+        return bool(np.isfinite(self.scale).all() and np.isfinite(self.offset).all())
 
     def rounds_on_purpose(self, dtype: ir.DataType) -> bool:
         """True when large offsets cancel: ``(x + 1.5 * 2**23) - 1.5 * 2**23`` rounds x to an integer in float32."""

@@ -15,6 +15,8 @@ from onnxslim.passes.fold.affine import limits
 # Weights above this many elements stay in their own type: a copy in float64 would cost too much memory.
 EXACT_ELEMENTS = 1 << 24
 CACHED_ELEMENTS = 1 << 25
+# Constants of at most this many elements are kept in float64 once they were read.
+SMALL_ELEMENTS = 1 << 8
 # Elements of a weight that are looked at together, so that what is computed on the way stays small.
 _BLOCK = 1 << 18
 
@@ -30,14 +32,23 @@ class Weights:
         self.saved = 0
         self._exact: collections.OrderedDict[ir.Value, np.ndarray] = collections.OrderedDict()
         self._elements = 0
+        self._read: dict[ir.Value, tuple[ir.TensorProtocol | None, np.ndarray]] = {}
 
     def read(self, value: ir.Value) -> np.ndarray:
         """The content of ``value``; never to be changed in place."""
         if value in self._exact:
             return self._exact[value]
+        kept = self._read.get(value)
+        # A pass may give the weight new content, which is another tensor.
+        if kept is not None and kept[0] is value.const_value:
+            return kept[1]
         array = g.constant(value)
         assert array is not None
-        return array.astype(np.float64) if array.size <= EXACT_ELEMENTS else array
+        array = array.astype(np.float64) if array.size <= EXACT_ELEMENTS else array
+        if array.size <= SMALL_ELEMENTS:
+            # Every rule asks for the constants of elementwise nodes again.
+            self._read[value] = value.const_value, array
+        return array
 
     def write(self, value: ir.Value, exact: np.ndarray, stored: np.ndarray) -> None:
         """Give the initializer ``value`` the content ``stored``, which is ``exact`` rounded to its type."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,7 +63,7 @@ def mish(x: Jet) -> Jet:
 
 def unknown(x: Jet) -> Jet:
     """A function about which nothing is known: it agrees with none."""
-    return dataclasses.replace(x, mid=np.full_like(x.mid, 1e100), err=np.zeros_like(x.mid))
+    return x.unknown()
 
 
 def _jets(x: Jet, operands: Operands) -> list[Jet]:
@@ -114,13 +113,13 @@ OPERATORS: dict[str, Operator] = {
     "Sub": _folded(lambda a, b: a - b),
     "Mul": _folded(lambda a, b: a * b),
     "Div": _folded(lambda a, b: a / b),
-    "Max": _folded(Jet.maximum),
-    "Min": _folded(Jet.minimum),
+    "Max": _folded(lambda a, b: a.maximum(b)),
+    "Min": _folded(lambda a, b: a.minimum(b)),
     "Pow": _pow,
     "Clip": _clip,
     "Neg": _unary(lambda a: -a),
     "Abs": _unary(lambda a: a.maximum(-a)),
-    "Reciprocal": _unary(Jet.reciprocal),
+    "Reciprocal": _unary(lambda a: a.reciprocal()),
     "Relu": _unary(relu),
     "Exp": _unary(iv.exp),
     "Log": _unary(iv.log),

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 from onnxslim.passes.fuse import intervals as iv
+from onnxslim.passes.fuse import points
 from onnxslim.passes.fuse.arithmetic import OPERATORS
 from onnxslim.passes.fuse.cones import Cone, cones
 from onnxslim.passes.fuse.intervals import Array, Jet
@@ -128,7 +129,7 @@ def _recognize(work: Work, cone: Cone, dtype: ir.DataType) -> Found | None:
     return found
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1 << 16)
 def identify(steps: tuple[Step, ...], dtype: ir.DataType) -> Found | None:
     """The known function that ``steps`` compute, proven, or None."""
     eps, most = FORMATS[dtype]
@@ -137,7 +138,7 @@ def identify(steps: tuple[Step, ...], dtype: ir.DataType) -> Found | None:
         return _evaluate(steps, x)
 
     with np.errstate(all="ignore"):
-        given = f(Jet.variable(PROBES, PROBES, eps, most))
+        given = points.at(PROBES, f, eps, most)
         for known in KNOWN:
             for factor in (1.0, _factor(known, given.mid)) if known.scalable else (1.0,):
                 found = _fitted(known, given, factor)
@@ -171,7 +172,7 @@ def _fitted(known: Known, given: Jet, factor: float) -> Found | None:
 @functools.lru_cache(maxsize=256)
 def _values(known: Known, parameters: tuple[tuple[str, float | str], ...]) -> Array:
     """The function at `PROBES`."""
-    return known.evaluate(Jet.variable(PROBES, PROBES, 0.0, np.inf), **dict(parameters)).mid
+    return points.at(PROBES, lambda x: known.evaluate(x, **dict(parameters)), 0.0, np.inf).mid
 
 
 def _steps(cone: Cone) -> tuple[Step, ...] | None:

@@ -20,7 +20,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 # Larger numbers are cut: products of two of them stay finite.
-_HUGE = 1e150
+HUGE = 1e150
 # Proofs that take more cells than this are given up.
 MOST_CELLS = 1 << 17
 _ERF = np.frompyfunc(math.erf, 1, 1)
@@ -112,11 +112,26 @@ class Jet:
         least, most = np.minimum(*ends), np.maximum(*ends)
         square = np.minimum(*(e**2 for e in ends)), np.maximum(*(e**2 for e in ends))
         slopes = _product(self.slope_low, self.slope_high, -square[1], -square[0])
-        unknown = np.where(safe, 0.0, _HUGE)
+        unknown = np.where(safe, 0.0, HUGE)
         return self._of(
             1 / mid, self.err / mid**2 + unknown, least - unknown, most + unknown,
             (slopes[0] - unknown, slopes[1] + unknown), self.lost,
         )  # fmt: skip
+
+    def log(self) -> Jet:
+        """The natural logarithm of f; a cell on which f may be zero or less tells nothing."""
+        positive = self.low > 0
+        low, high, mid = (np.where(positive, a, 1.0) for a in (self.low, self.high, self.mid))
+        slopes = _product(self.slope_low, self.slope_high, 1 / high, 1 / low)
+        unknown = np.where(positive, 0.0, HUGE)
+        return self._of(
+            np.log(mid), self.err / mid + unknown, np.log(low) - unknown, np.log(high) + unknown,
+            (slopes[0] - unknown, slopes[1] + unknown), self.lost,
+        )  # fmt: skip
+
+    def unknown(self) -> Jet:
+        """A function about which nothing is known: it agrees with none."""
+        return dataclasses.replace(self, mid=np.full_like(self.mid, 1e100), err=np.zeros_like(self.mid))
 
     def power(self, exponent: int) -> Jet:
         """f to a positive integer power."""
@@ -163,8 +178,8 @@ class Jet:
 
 
 def _cut(a: Array, unknown: int) -> Array:
-    """``a`` within +- `_HUGE`; what is no number becomes the bound of that sign."""
-    return np.fmax(np.fmin(a, _HUGE), -_HUGE) if unknown > 0 else np.fmin(np.fmax(a, -_HUGE), _HUGE)
+    """``a`` within +- `HUGE`; what is no number becomes the bound of that sign."""
+    return np.fmax(np.fmin(a, HUGE), -HUGE) if unknown > 0 else np.fmin(np.fmax(a, -HUGE), HUGE)
 
 
 def _product(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, Array]:
@@ -184,16 +199,7 @@ def _exp(x: Array) -> Array:
 
 def log(x: Jet) -> Jet:
     """The natural logarithm; nothing is known where the argument may be zero or less."""
-    positive = x.low > 0
-    safe = dataclasses.replace(
-        x, low=np.where(positive, x.low, 1.0), high=np.where(positive, x.high, 1.0), mid=np.where(positive, x.mid, 1.0)
-    )
-    slopes = _product(x.slope_low, x.slope_high, 1 / safe.high, 1 / safe.low)
-    unknown = np.where(positive, 0.0, _HUGE)
-    return x._of(
-        np.log(safe.mid), x.err / safe.mid + unknown, np.log(safe.low) - unknown, np.log(safe.high) + unknown,
-        (slopes[0] - unknown, slopes[1] + unknown), x.lost,
-    )  # fmt: skip
+    return x.log()
 
 
 def erf(x: Jet) -> Jet:
@@ -249,7 +255,7 @@ def agree(f: Function, g: Function, *, eps: float, most: float, slack: float = 4
             # Numbers this small are rounded to zero at every step.
             allowed = np.maximum(allowed, eps * 2.0**-40)
             usual = np.maximum(np.maximum(1.0, np.abs(x.mid)), np.abs(b.mid))
-        known = ~a.lost & (a.err < _HUGE)
+        known = ~a.lost & (a.err < HUGE)
         if np.any(known & ((apart > allowed) | (a.err > 256 * eps * usual))):
             return False
         left = ~a.lost & ~(bound <= allowed)

@@ -9,6 +9,7 @@ import pytest
 
 from onnxslim.passes.fuse import arithmetic as ar
 from onnxslim.passes.fuse import intervals as iv
+from onnxslim.passes.fuse import points
 from onnxslim.passes.fuse.intervals import Jet
 
 EPS, MOST = 2.0**-24, 3.4e38
@@ -46,6 +47,25 @@ def test_values_and_slopes_stay_in_their_intervals(name: str) -> None:
         inside = share < 0.99
         assert not inside or np.all(slope >= cells.slope_low - 1e-4 * (1 + np.abs(cells.slope_low)))
         assert not inside or np.all(slope <= cells.slope_high + 1e-4 * (1 + np.abs(cells.slope_high)))
+
+
+@pytest.mark.parametrize("most", [MOST, 65504.0, 3.0])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *FUNCTIONS.values(),
+        lambda x: x.reciprocal() + x.constant(1.0),  # not defined at 0
+        iv.log,
+        lambda x: x * x.constant(np.inf),  # 0 times infinity
+        lambda x: x.unknown() + x,
+    ],
+)
+def test_points_are_cells_without_width(function: Callable[[Jet], Jet], most: float) -> None:
+    x = np.array([-60.0, -3.0, -0.5, 0.0, 0.25, 1.0, 7.0, 60.0])
+    with np.errstate(all="ignore"):
+        point, cell = points.at(x, function, EPS, most), function(Jet.variable(x, x, EPS, most))
+    assert np.array_equal(point.mid, cell.mid)
+    assert np.array_equal(point.lost, cell.lost)
 
 
 def agree(f: Callable[[Jet], Jet], g: Callable[[Jet], Jet]) -> bool:
