@@ -65,7 +65,8 @@ def nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 def _lloyd(numbers: np.ndarray, count: int, weights: np.ndarray) -> np.ndarray:
     order = np.argsort(numbers, kind="stable")
-    numbers, weights = numbers[order].astype(np.float64), weights[order]
+    # Where no number counts, all count alike.
+    numbers, weights = numbers[order].astype(np.float64), weights[order] if weights.any() else np.ones(len(order))
     distinct = np.unique(numbers)
     if len(distinct) <= count:
         return distinct.astype(np.float32)
