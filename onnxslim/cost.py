@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim import inference, runtime
 from onnxslim import model as model_io
-from onnxslim import runtime
 from onnxslim.errors import ModelError
 from onnxslim.graph import attribute, count_nodes
 from onnxslim.shapes import Shapes as Facts
@@ -160,7 +160,7 @@ class _Shapes:
             known = self._facts.static(value)
             if known is not None:
                 value.shape = ir.Shape(known)
-        model_io.infer_shapes(draft)
+        inference.run(draft)
         main = {v.name for node in draft.graph for v in node.outputs}
         names = [name for name in self._open(nodes) if name in main]
         if not names or self._feed is None:

@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxslim import data as data_io
+from onnxslim import inference
 from onnxslim import model as model_io
 from onnxslim.api import Result, optimize
 from onnxslim.errors import CheckError, DataError, UsageError
@@ -110,7 +111,7 @@ def slim(
     if no_shape_infer:
         model_io.strip_shapes(result.model)
     else:
-        model_io.infer_shapes(result.model)
+        inference.run(result.model)
     if verbose:
         from rich.console import Console
 
@@ -215,7 +216,7 @@ def _cut(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None
         remove_dead(graph)
         for value in [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]:
             graph.inputs.remove(value)
-        model_io.infer_shapes(model)
+        inference.run(model)
 
 
 def _cut_inputs(graph: ir.Graph, chosen: Sequence[ir.Value]) -> None:

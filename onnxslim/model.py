@@ -104,17 +104,9 @@ def normalize(model: ir.Model, warnings: list[str] | None = None) -> ir.Model:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         if value.const_value is not None and value.shape is None:
             value.shape = ir.Shape(value.const_value.shape.numpy())
-    infer_shapes(model)
+    inference.run(model)
     model.meta[WARNINGS] = warnings
     return model
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Fill in the types and shapes that follow from the inputs; what cannot be inferred stays unknown.
-
-    What is declared about outputs stays as it is.
-    """
-    inference.run(model)
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -168,7 +160,7 @@ def fix_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
         if value.shape is not None:
             value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d.value), d) for d in value.shape])
     forget_shapes(model)
-    infer_shapes(model)
+    inference.run(model)
 
 
 def forget_shapes(model: ir.Model) -> None:

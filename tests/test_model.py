@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxslim import inference, runtime
 from onnxslim import model as model_io
-from onnxslim import runtime
 from onnxslim.errors import ModelError, OnnxslimError, UsageError
 
 X = np.random.default_rng(3).standard_normal((2, 2, 8, 8)).astype(np.float32)
@@ -387,7 +387,7 @@ def test_shapes_are_written_only_where_asked(proto: onnx.ModelProto) -> None:
     assert len(model_io.to_proto(model).graph.value_info) == 4
     model_io.strip_shapes(model)
     assert not model_io.to_proto(model).graph.value_info
-    model_io.infer_shapes(model)
+    inference.run(model)
     assert len(model_io.to_proto(model).graph.value_info) == 4
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim import model as model_io
+from onnxslim import inference
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.opset import NEWEST, raise_opset
 from onnxslim.passes.fold import OLDEST_OPSET, Fold
@@ -71,7 +71,7 @@ class Fuse(Pass):
         skipped = []
         # Shape arithmetic that has become constant since the model was read tells ranks that were unknown then.
         draft = model.clone()
-        model_io.infer_shapes(draft)
+        inference.run(draft)
         reach = max(version, self._reach(draft))
         if reach > version:
             # What could be done with newer operators says which version it takes.
