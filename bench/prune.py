@@ -147,7 +147,7 @@ def run_peers(name: str, found: Subject, macs: int, goal: int, old: float, path:
     def left(file: Path) -> float:
         return float(cost.analyze(model_io.load(file), feed).macs)
 
-    makers = {"onnxsim": lambda: pruners.onnxsim(found.path, path, found.calibration, left, goal)}
+    makers = {"onnxsim": lambda: pruners.onnxsim(found.path, path, samples, left, goal)}
     if name in pruners.NETWORKS:
         makers["torch-pruning"] = lambda: pruners.torch_pruning(name, found.path, path, left, goal)
     for peer, make in makers.items():

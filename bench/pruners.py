@@ -19,6 +19,7 @@ import numpy as np
 
 from bench import peers
 from models.packages import cache_root
+from onnxslim.data import Data
 
 ROUNDS = 6  # halvings of the interval of shares
 MOST = 0.95  # the largest share tried
@@ -27,10 +28,12 @@ TORCH_PRUNING = "torch-pruning==1.6.1"
 _WANDA = """
 import sys, numpy, onnx, onnxsim
 source, target, samples, share = sys.argv[1:]
+data = []
 with numpy.load(samples) as found:
-    arrays = {name: found[name] for name in found.files if name != "labels"}
-count = min(map(len, arrays.values()))
-data = [{name: array[k : k + 1] for name, array in arrays.items()} for k in range(count)]
+    for key in found.files:
+        k, name = key.split(":", 1)
+        data += [{}] * (int(k) + 1 - len(data))
+        data[int(k)] = {**data[int(k)], name: found[key]}
 onnx.save(onnxsim.apply_structured_wanda_pruning(source, data, sparsity=float(share)), target)
 """
 
@@ -55,7 +58,7 @@ def bisect(make: Callable[[float], float], goal: float) -> float:
     return high
 
 
-def onnxsim(source: Path, target: Path, calibration: Path, left: Callable[[Path], float], goal: float) -> None:
+def onnxsim(source: Path, target: Path, calibration: Data, left: Callable[[Path], float], goal: float) -> None:
     """Write the file pruned by onnxsim to ``target``; ``left`` tells what is left of the multiplications of a file.
 
     Raises:
@@ -63,9 +66,11 @@ def onnxsim(source: Path, target: Path, calibration: Path, left: Callable[[Path]
     """
     peer = peers.PEERS["onnxsim"]
     python = peers.environment(peer.name, peer.packages)
+    samples = target.with_suffix(".npz")
+    np.savez(samples, **{f"{k}:{n}": array for k, feed in enumerate(calibration.feeds()) for n, array in feed.items()})
 
     def make(share: float) -> float:
-        arguments = [str(python), "-I", "-c", _WANDA, str(source), str(target), str(calibration), str(share)]
+        arguments = [str(python), "-I", "-c", _WANDA, str(source), str(target), str(samples), str(share)]
         subprocess.run(arguments, check=True, capture_output=True, text=True)
         return left(target)
 
