@@ -67,8 +67,11 @@ def verdict(speedup: float, interval: Sequence[float]) -> str:
 
 
 def plan_blocks(load_seconds: float, seconds: float) -> int:
-    """How many blocks to measure in: many, unless making the sessions of one takes long beside ``seconds``."""
-    for count, most in ((12, 4.0), (_SIGNED_RANK, 8.0)):
+    """How many blocks to measure in: many, unless making the sessions of one takes long beside ``seconds``.
+
+    The interval narrows with the blocks and hardly with the rounds in each.
+    """
+    for count, most in ((36, 2.0), (12, 4.0), (_SIGNED_RANK, 8.0)):
         if count * load_seconds <= most * seconds:
             return count
     return 5

@@ -108,4 +108,4 @@ def test_passes_that_were_disturbed_do_not_count() -> None:
 
 
 def test_fewer_blocks_when_loading_is_slow() -> None:
-    assert [timing.plan_blocks(load, 3.0) for load in (0.1, 1.0, 2.0, 10.0)] == [12, 12, 8, 5]
+    assert [timing.plan_blocks(load, 3.0) for load in (0.1, 0.5, 1.0, 2.0, 10.0)] == [36, 12, 12, 8, 5]
