@@ -6,7 +6,6 @@ Fidelity is 1 minus the noise of the worst output (`probe.noise`) on samples tha
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -15,9 +14,13 @@ from onnxslim.contract import Context
 from onnxslim.data import Data
 from onnxslim.probe import noise
 
-# Held-out samples that judge a choice; seconds that ranking the layers and judging one choice may take.
-JUDGED, FEWEST = 12, 4
-SECONDS, SECONDS_PER_TRIAL = 15.0, 2.0
+# Held-out samples that judge a choice, at most and at least.
+JUDGED, FEWEST = 24, 4
+# Multiply-accumulates that judging one choice, and ranking all layers, may take. Counted, and not timed, so that the
+# same model and data give the same choice on every machine, busy or idle.
+WORK_PER_TRIAL, WORK = 4e10, 3e11
+# Single layers that do not fit in before the more harmful ones are not tried any more.
+MOST_REFUSED = 3
 
 Run = Callable[[dict[str, np.ndarray], Collection[str]], list[np.ndarray]]
 
@@ -25,20 +28,17 @@ Run = Callable[[dict[str, np.ndarray], Collection[str]], list[np.ndarray]]
 class Judge:
     """Noise of the outputs for any choice of what is changed: squared error over variance, over held-out samples.
 
-    ``run`` gives the outputs for one sample with the chosen names changed; with none, what is exact.
+    ``run`` gives the outputs for one sample with the chosen names changed; with none, what is exact. ``macs`` is what
+    it takes: with a costly model fewer samples judge.
     """
 
-    def __init__(self, run: Run, data: Data, ctx: Context) -> None:
+    def __init__(self, run: Run, data: Data, macs: float, ctx: Context) -> None:
         self.run = run
         self.ctx = ctx
-        self.feeds: list[dict[str, np.ndarray]] = []
-        self.exact: list[list[np.ndarray]] = []
-        start = time.perf_counter()
-        for feed in data.spread(JUDGED).feeds():
-            self.feeds.append(feed)
-            self.exact.append(self.run(feed, ()))
-            if len(self.feeds) >= FEWEST and time.perf_counter() - start > SECONDS_PER_TRIAL:
-                break
+        self._macs = max(macs, 1.0)
+        judged = data.spread(int(np.clip(WORK_PER_TRIAL / self._macs, FEWEST, JUDGED)))
+        self.feeds: list[dict[str, np.ndarray]] = list(judged.feeds())
+        self.exact: list[list[np.ndarray]] = [self.run(feed, ()) for feed in self.feeds]
 
     def noise(self, chosen: Collection[str]) -> float:
         """Of the worst output."""
@@ -51,15 +51,13 @@ class Judge:
         self.feeds, self.exact = [self.feeds[k] for k in order], [self.exact[k] for k in order]
 
     def rank(self, names: Sequence[str]) -> dict[str, float]:
-        """Noise that each of ``names`` makes when it alone is changed; on as many samples as time allows."""
-        stop = time.perf_counter() + SECONDS
+        """Noise that each of ``names`` makes when it alone is changed; on as many samples as the work allows."""
+        count = int(np.clip(WORK / (self._macs * max(len(names), 1)), 1, len(self.feeds)))
         totals = dict.fromkeys(names, 0.0)
-        tracked = self.ctx.progress.track(self.feeds, total=len(self.feeds), label="sensitivity")
-        for count, (feed, exact) in enumerate(zip(tracked, self.exact, strict=True), 1):
+        tracked = self.ctx.progress.track(self.feeds[:count], total=count, label="sensitivity")
+        for feed, exact in zip(tracked, self.exact, strict=False):
             for name in names:
                 totals[name] += noise([(exact, self.run(feed, (name,)))])
-            if time.perf_counter() + (time.perf_counter() - stop + SECONDS) / count > stop:
-                break
         return {name: total / count for name, total in totals.items()}
 
 
@@ -82,7 +80,8 @@ def keep(
     """As many of ``names`` as keep the noise within ``budget``.
 
     They go back in the order of the noise that each makes alone (``rank``) per its ``price``; how many must is found
-    by bisection, and so is how many of these, the least harmful first, fit in after all.
+    by bisection. Of these, the least harmful first, those stay changed after all that fit in: noise does not always add
+    up, so they are tried in groups, and a group that does not fit in is halved, until `MOST_REFUSED` did not alone.
     """
     total = noise_of(names)
     if total <= budget:
@@ -97,14 +96,24 @@ def keep(
         else:
             low = middle + 1
     gone = sorted(order[:high], key=lambda n: (alone[n], n))
-    low, high = 0, max(len(gone) - 1, 0)  # the number of those that stay changed after all lies in [low, high]
-    while low < high:
-        middle = (low + high + 1) // 2
-        left = set(gone[middle:])
-        if noise_of([n for n in names if n not in left]) <= budget:
-            low = middle
+    left = set(gone)
+
+    def with_all_but(back: Collection[str]) -> list[str]:
+        return [n for n in names if n not in back]
+
+    groups, refused = _halves(gone), 0
+    while groups and refused < MOST_REFUSED:
+        group = groups.pop()
+        if noise_of(with_all_but(left.difference(group))) <= budget:
+            left.difference_update(group)
         else:
-            high = middle - 1
-    left = set(gone[low:])
-    kept = [n for n in names if n not in left]
+            groups += _halves(group)
+            refused += len(group) == 1
+    kept = with_all_but(left)
     return Kept(kept, {n: alone[n] for n in order if n in left}, noise_of(kept) if kept else 0.0)
+
+
+def _halves(group: Sequence[str]) -> list[Sequence[str]]:
+    """The two halves of ``group``, the first one last; none where there is nothing to halve."""
+    middle = (len(group) + 1) // 2
+    return [group[middle:], group[:middle]] if len(group) > 1 else []

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim import cost, layer_inputs, restoring, runtime
 from onnxslim import graph as g
-from onnxslim import layer_inputs, restoring, runtime
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Skip
 from onnxslim.data import Data
@@ -157,7 +157,8 @@ def borne(
         )
         return Borne(list(weights), [], None)
     owners = {weight.value.name or "": weight for weight in weights}
-    judge = restoring.Judge(SwitchedWeights(model, changed, ctx.threads), held_out, ctx)
+    macs = cost.analyze(model, held_out.feed(held_out[0])).macs
+    judge = restoring.Judge(SwitchedWeights(model, changed, ctx.threads), held_out, macs, ctx)
     judge.hardest_first(list(owners))
     found = restoring.keep(list(owners), 1 - fidelity, judge.noise, judge.rank, lambda name: float(owners[name].size))
     skipped = [

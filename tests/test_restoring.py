@@ -36,5 +36,18 @@ def test_the_budget_holds_and_nothing_more_fits(noises: list[float], budget: flo
         assert sum(noises) > budget
         least = min(found.restored, key=lambda n: alone[n])
         assert len(found.restored) == 1 or noise_of([*found.names, least]) > budget * (1 - 1e-9)
-    # Bisection: two searches of a dozen cost some ten trials, not one per choice.
-    assert trials < 16
+    # One search by bisection, one by halving: not a trial for every choice.
+    assert trials < 20
+
+
+def test_a_layer_that_does_not_get_on_with_another_does_not_keep_the_rest_out() -> None:
+    """Noise that does not add up: ``a`` and ``b`` together are the trouble, whatever else is changed."""
+    names = list("abcdefghij")
+    alone = {name: 0.01 * (k + 1) for k, name in enumerate(names)}
+
+    def noise_of(chosen: Sequence[str]) -> float:
+        return 1.0 if {"a", "b"} <= set(chosen) else 0.0
+
+    found = keep(names, 0.5, noise_of, lambda _: alone)
+    assert len(found.restored) == 1
+    assert found.restored.keys() <= {"a", "b"}

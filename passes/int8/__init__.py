@@ -59,7 +59,7 @@ class Int8(Pass):
     needs_data: ClassVar[bool] = True
     last: ClassVar[bool] = True
 
-    fidelity: float = 0.98
+    fidelity: float = 0.99
     measure: bool = True
     equalize: bool = True
     per_channel: bool = True

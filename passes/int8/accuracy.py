@@ -23,7 +23,8 @@ def restore(
     Layers leave in the order of noise per cost.
     """
     products = list(ready.products)
-    judge = Judge(Switched(model, ready.plan(ready.choose(products)), ctx.threads), held_out, ctx)
+    switched = Switched(model, ready.plan(ready.choose(products)), ctx.threads)
+    judge = Judge(switched, held_out, sum(ready.macs.values()), ctx)
     judge.hardest_first(ready.choose(products))
 
     def price(name: str) -> float:
