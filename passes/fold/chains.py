@@ -2,7 +2,8 @@
 
 ``c * (a x + b) + d = (c a) x + (c b + d)`` whatever shapes the constants have; a scale of 1 or an offset of 0 needs no
 node where its constant does not broadcast x to a larger shape. Left alone: constants whose product takes more bytes
-than they do, offsets so large that they round x on purpose, and the constants of patterns that ONNX Runtime fuses.
+than they do or loses precision among the subnormal numbers, offsets so large that they round x on purpose, and the
+constants of patterns that ONNX Runtime fuses.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 from onnxslim.passes.fold.affine import Affine, affine, keeps_shape, protected
+from onnxslim.passes.fold.edit import faithful
 from onnxslim.passes.fold.work import Work
 
 
@@ -54,6 +56,8 @@ def _merge(work: Work, chain: Affine) -> bool:
         return False
     steps: list[tuple[str, np.ndarray]] = []
     if chain.scales:
+        if not faithful(chain.scale, dtype):
+            return False
         steps.append(("Mul", chain.scale))
     if chain.shifts:
         steps.append(("Add", chain.offset))

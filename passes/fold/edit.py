@@ -280,3 +280,8 @@ def _hint(node: ir.Node, index: int) -> str:
     old = _input(node, index)
     name = old.name if old is not None else None
     return name or f"{node.name or node.op_type}.{'weight' if index == 1 else 'bias'}"
+
+
+def faithful(factors: np.ndarray, dtype: ir.DataType) -> bool:
+    """False when one of these factors, each by itself, is not `representable` in ``dtype``."""
+    return representable(factors.reshape(1, -1, 1, 1), dtype)

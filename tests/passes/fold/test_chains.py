@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nets import fold, net, node, normal
-from oracles import operators
+from oracles import apply, assert_same, operators
 
 from onnxslim import model as model_io
 from onnxslim import runtime
@@ -68,6 +70,23 @@ def test_adding_and_subtracting_a_large_number_rounds_on_purpose() -> None:
     assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Add", "Sub", "Abs"]
     model = chain("Abs;Add a;Sub a;Sigmoid", {"a": np.float32(15)})
     assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Sigmoid"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-4, 4), min_size=2, max_size=4))
+def test_factors_that_would_become_subnormal_stay(exponents: list[float]) -> None:
+    """No factor leaves the normal range of float16, nor does a value; a product of the factors may."""
+    factors, size = [], 3.0
+    for exponent in exponents:
+        if -4 < size + exponent < 4:
+            factors.append(np.float16(10**exponent))
+            size += exponent
+    assume(factors)
+    steps = [node("Mul", f"v{k} k{k}", f"v{k + 1}") for k in range(len(factors))]
+    parts = {f"k{k}": factor for k, factor in enumerate(factors)}
+    model = net(steps, {"v0": [3]}, parts, (f"v{len(factors)}",), dtype=TensorProto.FLOAT16)
+    feeds = {"v0": np.array([1000, 2000, 3000], np.float16)}
+    assert_same(model, apply(model, "fold")[0], feeds, rtol=5e-3)
 
 
 def test_integers_are_left_alone() -> None:
