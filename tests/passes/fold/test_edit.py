@@ -51,6 +51,13 @@ def test_a_shared_weight_is_copied_only_when_the_file_does_not_grow() -> None:
     assert result.ByteSize() <= apply(small, "")[0].ByteSize()
 
 
+@pytest.mark.parametrize(("size", "stays"), [(50, True), (1, False)])
+def test_a_weight_shared_with_a_user_that_does_not_change(size: int, stays: bool) -> None:
+    model, feeds = twins(same=True, size=size)
+    model.graph.node[3].CopyFrom(node("Relu", "d", "v"))
+    assert ("BatchNormalization" in operators(fold(model, feeds))) is stays
+
+
 def test_a_weight_that_is_a_graph_output_keeps_its_content() -> None:
     model = net(
         [node("Conv", "x w", "c"), node("Mul", "c k")],
