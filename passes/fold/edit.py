@@ -92,6 +92,11 @@ def representable(matrix: np.ndarray, dtype: ir.DataType) -> bool:
     return not bool(np.any((error > eps * size) & (error > eps**2 * size.max(initial=0.0))))
 
 
+def faithful(factors: np.ndarray, dtype: ir.DataType) -> bool:
+    """False when one of these factors, each by itself, is not `representable` in ``dtype``."""
+    return representable(factors.reshape(1, -1, 1, 1), dtype)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _New:
     """A constant that an `Edit` writes: in full precision, rounded, and the existing one that holds the same."""
@@ -280,8 +285,3 @@ def _hint(node: ir.Node, index: int) -> str:
     old = _input(node, index)
     name = old.name if old is not None else None
     return name or f"{node.name or node.op_type}.{'weight' if index == 1 else 'bias'}"
-
-
-def faithful(factors: np.ndarray, dtype: ir.DataType) -> bool:
-    """False when one of these factors, each by itself, is not `representable` in ``dtype``."""
-    return representable(factors.reshape(1, -1, 1, 1), dtype)
