@@ -8,19 +8,22 @@ constants of patterns that ONNX Runtime fuses.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim.passes.fold.affine import Affine, affine, keeps_shape, protected
+from onnxslim.passes.fold.affine import Affine, affine, keeps_shape, protected, rounding
 from onnxslim.passes.fold.edit import faithful
 from onnxslim.passes.fold.work import Work
 
 
 def merge_chains(work: Work) -> None:
     """Shorten every run of elementwise nodes with constants."""
+    apart: set[ir.Node] = set()  # nodes that round on purpose: none of them starts or continues a run
     for node in work.nodes():
-        chain = _run(work, node)
+        chain = _run(work, node, apart)
         if chain is None:
             continue
         # The longest part that can be merged, from the front; the rest is seen when its own first node comes.
@@ -28,17 +31,19 @@ def merge_chains(work: Work) -> None:
             chain = _compose(work, chain.nodes[:-1])
 
 
-def _run(work: Work, node: ir.Node) -> Affine | None:
-    """The run of elementwise nodes that starts with ``node``."""
-    nodes: list[ir.Node] = []
+def _run(work: Work, node: ir.Node, apart: set[ir.Node]) -> Affine | None:
+    """The run of elementwise nodes that starts with ``node``, up to those that are ``apart``, which grows."""
+    steps: list[Affine] = []
     at: ir.Node | None = node
     while at is not None and not g.is_op(at, "BatchNormalization") and not protected(at):
         step = affine(at, work.weights.read)
         if step is None or at.graph is not node.graph:
             break
-        nodes.append(at)
+        steps.append(step)
         at = g.only_user(at.outputs[0])
-    return _compose(work, tuple(nodes))
+    apart.update(steps[k].nodes[0] for k in rounding(steps))
+    nodes = (step.nodes[0] for step in steps)
+    return _compose(work, tuple(itertools.takewhile(lambda n: n not in apart, nodes)))
 
 
 def _compose(work: Work, nodes: tuple[ir.Node, ...]) -> Affine | None:
@@ -52,7 +57,7 @@ def _compose(work: Work, nodes: tuple[ir.Node, ...]) -> Affine | None:
 
 def _merge(work: Work, chain: Affine) -> bool:
     dtype = chain.y.dtype or chain.x.dtype
-    if dtype is None or not chain.finite() or chain.rounds_on_purpose(dtype):
+    if dtype is None or not chain.finite():
         return False
     steps: list[tuple[str, np.ndarray]] = []
     if chain.scales:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnxslim import graph as g
 from onnxslim.linear import Linear, view
 from onnxslim.passes.fold.absorb import record, rewrite
-from onnxslim.passes.fold.affine import Affine, affine, protected
+from onnxslim.passes.fold.affine import Affine, affine, large, protected
 from onnxslim.passes.fold.edit import faithful
 from onnxslim.passes.fold.work import Work
 
@@ -96,7 +96,10 @@ def _commit(work: Work, node: ir.Node, x: ir.Value, factor: float, plan: _Plan) 
     for user, index in plan.constants:
         value = user.inputs[index]
         assert value is not None and value.dtype is not None
-        scaled = factor * work.weights.read(value)
+        constant = work.weights.read(value)
+        if g.is_op(user, "Add", "Sub", "Sum") and np.max(np.abs(constant), initial=0.0) >= large(value.dtype):
+            return False  # it may round what it is added to: not homogeneous
+        scaled = factor * constant
         if not faithful(scaled, value.dtype):
             return False
         edit.give(user, index, scaled, value.dtype)

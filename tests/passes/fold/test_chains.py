@@ -68,6 +68,10 @@ def test_a_run_that_changes_the_shape_keeps_a_node_for_it() -> None:
 def test_adding_and_subtracting_a_large_number_rounds_on_purpose() -> None:
     model = chain("Abs;Add a;Sub a;Abs", {"a": np.float32(1.5 * 2**23)})
     assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Add", "Sub", "Abs"]
+    parts = {"a": np.float32(1.5 * 2**23), "c": np.float32(0.3), "h": np.float32(3)}
+    for text in ("Add c;Add a;Sub a", "Add a;Sub a;Add c", "Mul h;Add c;Add a;Sub a;Add c;Mul h"):
+        steps = [step.split()[0] for step in text.split(";")]
+        assert operators(fold(chain(text, {k: v for k, v in parts.items() if k in text}), {"x": normal(2, 3)})) == steps
     model = chain("Abs;Add a;Sub a;Sigmoid", {"a": np.float32(15)})
     assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Sigmoid"]
 
@@ -157,8 +161,20 @@ def test_a_run_that_adds_an_axis_keeps_a_node_for_it() -> None:
     parts = {"a": np.full((1, 1), 2, np.float32), "b": np.full((), 0.5, np.float32)}
     model = chain("Mul a;Mul b", parts, (3,))
     assert len(operators(fold(model, {"x": normal(3)}))) == 1
+    ones = chain("Relu;Mul a;Mul b;Sigmoid", parts, (3,))
+    assert len(operators(fold(ones, {"x": normal(3)}))) > 2
     unknown = chain("Mul a;Mul b", {**parts, "a": np.full((1,), 2, np.float32)}, None)  # type: ignore[arg-type]
     assert len(operators(fold(unknown, {"x": np.array(3, np.float32)}))) == 1
+
+
+def test_a_difference_from_a_constant_turns_the_data_round() -> None:
+    nodes, parts = (
+        [node("Sub", "a x", "m"), node("Mul", "m b", "n"), node("Add", "n a")],
+        {"a": normal(3), "b": normal(3)},
+    )
+    assert operators(fold(net(nodes, {"x": [2, 3]}, parts), {"x": normal(2, 3)})) == ["Mul", "Add"]
+    twice = [nodes[0], node("Sub", "b m")]
+    assert operators(fold(net(twice, {"x": [2, 3]}, parts), {"x": normal(2, 3)})) == ["Add"]
 
 
 def test_integers_are_no_affine_maps_of_floats() -> None:
