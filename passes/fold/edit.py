@@ -237,7 +237,7 @@ class Edit:
         for (node, index), new in self._slots.items():
             old = _input(node, index)
             arrays = written.setdefault(old, [])
-            if any(a.shape == new.stored.shape and np.array_equal(a, new.stored) for a in arrays):
+            if any(np.array_equal(a, new.stored) for a in arrays):
                 continue
             copied = copied or (old is not None and (old not in owned or bool(arrays)))
             name = len(_hint(node, index)) + (0 if old in owned and not arrays else 4)

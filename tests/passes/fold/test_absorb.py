@@ -222,6 +222,12 @@ def test_layer_normalization_takes_the_scale_and_offset_behind_it() -> None:
     ]
 
 
+def test_an_operator_without_a_bias_that_is_no_product_keeps_its_offset_behind() -> None:
+    nodes = [node("RMSNormalization", "x g", "m"), node("Add", "m b")]
+    model = net(nodes, {"x": ["n", 4]}, {"g": normal(4), "b": normal(4)}, opset=23)
+    assert operators(fold(model, {"x": normal(5, 4)})) == ["RMSNormalization", "Add"]
+
+
 def test_matmul_and_add_become_gemm_only_where_they_are_matrices() -> None:
     nodes = [node("MatMul", "x w", "m"), node("Add", "m b")]
     parts = {"w": normal(4, 3), "b": normal(3)}
