@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim.linear import FLOATS, Linear, along, view
+from onnxslim.linear import Linear, along, view
 from onnxslim.passes.fold.affine import Affine, affine, chain_after, chain_before, keeps_shape, limits
 from onnxslim.passes.fold.edit import Edit, representable
 from onnxslim.passes.fold.work import Work, multiply
@@ -69,6 +69,8 @@ def rewrite(work: Work, linear: Linear, before: Affine | None, after: Affine | N
         return "the bias of the linear operator is no constant per output channel"
     old = linear.matrix(read(linear.w))
     matrix, old_bias = old, bias
+    dtype = linear.w.dtype
+    assert dtype is not None
     if before is not None:
         if not linear.linear_input:
             return f"{linear.node.op_type} is not linear in its input"
@@ -77,9 +79,8 @@ def rewrite(work: Work, linear: Linear, before: Affine | None, after: Affine | N
             return "its constant varies along another axis than the input channels of the linear operator"
         blocks = (linear.groups, 1, matrix.shape[2], 1)
         if before.shifts:
-            if not linear.uniform:
-                return f"the zero padding of {linear.node.op_type} does not see its offset"
-            if _too_large(offset, linear.w.dtype):
+            assert linear.uniform, "what zero padding does not see is kept out of the chain"
+            if _too_large(offset, dtype):
                 return "its offset is so large that the sum would lose precision"
             sums = np.einsum("goik,gi->go", matrix, offset.reshape(linear.groups, -1)).reshape(-1)
             bias = bias + linear.gain * sums
@@ -91,8 +92,6 @@ def rewrite(work: Work, linear: Linear, before: Affine | None, after: Affine | N
         if after.scales:
             matrix = multiply(matrix, scale.reshape(linear.groups, -1, 1, 1))
         bias = scale * bias + offset
-    dtype = linear.w.dtype
-    assert dtype is not None
     if matrix is not old and not representable(matrix, dtype):
         return f"its weight times the scale is too small or too large for {dtype.name.lower()}"
     rest: np.ndarray | None = None
@@ -187,8 +186,7 @@ def _absorb_one_after(work: Work, node: ir.Node) -> bool:
 
 def _chains(work: Work, linear: Linear) -> list[Affine]:
     chains = chain_after(linear.y, work.weights.read, linear.out_axis, linear.outputs, linear.rank)
-    dtype = linear.w.dtype
-    return [c for c in chains if c.finite() and dtype is not None and not c.rounds_on_purpose(dtype)]
+    return [c for c in chains if c.finite()]
 
 
 def _siblings(work: Work, linear: Linear) -> list[Rewrite]:
@@ -198,7 +196,7 @@ def _siblings(work: Work, linear: Linear) -> list[Rewrite]:
         if use.node is linear.node:
             continue
         other = view(use.node)
-        if other is None or other.w is not linear.w or use.idx != other.weight:
+        if other is None or use.idx != other.weight:
             return []
         chains = _chains(work, other)
         change = rewrite(work, other, None, chains[-1]) if chains else "nothing behind it"
@@ -252,7 +250,7 @@ def _readers(node: ir.Node, kinds: tuple[str, ...]) -> list[Linear]:
     linears: list[Linear] = []
     for use in value.uses():
         linear = view(use.node) if use.node.op_type in kinds and use.node.graph is node.graph else None
-        if linear is None or use.idx != linear.data or linear.x is not value:
+        if linear is None or use.idx != linear.data:
             return []
         linears.append(linear)
     return linears
@@ -261,8 +259,8 @@ def _readers(node: ir.Node, kinds: tuple[str, ...]) -> list[Linear]:
 def _absorb_chain_before(work: Work, chain: Affine, linears: list[Linear]) -> str | None:
     """Fold ``chain`` into all of ``linears``; the reason when that is not possible."""
     dtype = linears[0].w.dtype
-    if not chain.finite() or dtype is None or chain.rounds_on_purpose(dtype):
-        return "its constants leave the range of their type or cancel on purpose"
+    if not chain.finite() or dtype is None:
+        return "its constants leave the range of their type"
     if not _shape_known(chain, linears):
         return "its constant may broadcast the input to a larger shape"
     left = chain
@@ -274,7 +272,7 @@ def _absorb_chain_before(work: Work, chain: Affine, linears: list[Linear]) -> st
         offset = np.asarray(chain.offset / chain.scale)
         left = dataclasses.replace(chain, offset=np.array(0.0))
         # An offset alone stays as it is, also where it is written as a BatchNormalization.
-        if np.any(~np.isfinite(offset)) or not (chain.scales or len(chain.nodes) > 1):
+        if not (chain.scales or len(chain.nodes) > 1):
             return "zero padding does not see its offset"
     changes: list[Rewrite] = []
     removed = len(chain.nodes)
@@ -317,12 +315,11 @@ def _absorb_chain_before(work: Work, chain: Affine, linears: list[Linear]) -> st
 
 def _shape_known(chain: Affine, linears: list[Linear]) -> bool:
     """Whether the input of ``chain`` has the shape of its result."""
-    return keeps_shape(chain) or (len(chain.shape) == 1 and chain.shape[0] == 1 and linears[0].rank > 1)
+    # All but MatMul tell that their data has two axes at least; the vector that a MatMul reads may come from a scalar.
+    return keeps_shape(chain) or (chain.shape == (1,) and linears[0].node.op_type != "MatMul")
 
 
-def _too_large(offset: np.ndarray, dtype: ir.DataType | None) -> bool:
+def _too_large(offset: np.ndarray, dtype: ir.DataType) -> bool:
     """True when ``W x + W t`` would cancel: the data minus a mean far larger than its spread."""
-    if dtype not in FLOATS or dtype is None:
-        return True
     eps = limits(dtype).eps
     return float(np.max(np.abs(offset), initial=0.0)) * eps > max(1e-4, 8 * eps)

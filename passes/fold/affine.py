@@ -8,6 +8,8 @@ composed in float64 and rounded once, when it is written back.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -72,8 +74,7 @@ class Affine:
 
     def rounds_on_purpose(self, dtype: ir.DataType) -> bool:
         """True when large offsets cancel: ``(x + 1.5 * 2**23) - 1.5 * 2**23`` rounds x to an integer in float32."""
-        precision = 1.0 / limits(dtype).eps
-        return self.largest_offset >= precision / 16 and self.largest_offset > 16 * float(
+        return self.largest_offset >= large(dtype) and self.largest_offset > 16 * float(
             np.max(np.abs(self.offset), initial=0.0)
         )
 
@@ -91,6 +92,11 @@ def limits(dtype: ir.DataType) -> Limits:
     bits, exponent = _FORMATS[dtype]
     eps = 2.0 ** (1 - bits)
     return Limits(eps, -(2 - eps) * 2.0**exponent)
+
+
+def large(dtype: ir.DataType) -> float:
+    """Numbers from here on may be meant to round what they are added to."""
+    return 1.0 / limits(dtype).eps / 16
 
 
 def affine(node: ir.Node, read: Read, rank: int | None = None) -> Affine | None:
@@ -147,18 +153,39 @@ def _batchnorm(node: ir.Node, read: Read, rank: int | None) -> Affine | None:
     return found if found.finite() else None
 
 
+def rounding(steps: Sequence[Affine]) -> set[int]:
+    """Which of these single nodes in a row round on purpose, by an offset so large and one that takes it away again.
+
+    Their sum must not be formed, nor that of one of them and what stands beside it.
+    """
+    dtype = next((v.dtype for s in steps for v in s.nodes[0].inputs if v is not None and g.is_constant(v)), None)
+    if dtype not in FLOATS or dtype is None or all(s.largest_offset < large(dtype) for s in steps):
+        return set()
+    found: set[int] = set()
+    for last, chain in enumerate(steps):
+        for first in range(last - 1, max(found, default=-1), -1):
+            chain = steps[first].then(chain)
+            if chain.rounds_on_purpose(dtype):
+                found.update(range(first, last + 1))
+                break
+    return found
+
+
 def chain_after(value: ir.Value, read: Read, axis: int, channels: int, rank: int) -> list[Affine]:
     """The affine chains behind ``value``, shortest first: read by nobody else, varying along ``axis`` alone."""
-    chains: list[Affine] = []
+    steps: list[Affine] = []
+    # The rank of a product is the smallest it can be, which does not tell where axis 1 is.
+    certain = None if g.is_op(value.producer(), "MatMul") else rank
     while True:
-        node = g.only_user(value)
-        if node is None or value.producer() is None or node.graph is not _graph(value):
-            return chains
-        step = affine(node, read, rank)
-        if step is None or step.x is not value or not _per_channel(step, axis, channels, rank):
-            return chains
-        chains.append(chains[-1].then(step) if chains else step)
+        node, producer = g.only_user(value), value.producer()
+        if node is None or producer is None or node.graph is not producer.graph:
+            break
+        step = affine(node, read, certain)
+        if step is None or not _per_channel(step, axis, channels, rank):
+            break
+        steps.append(step)
         value = step.y
+    return list(itertools.accumulate(steps[: min(rounding(steps), default=None)], Affine.then))
 
 
 def chain_before(value: ir.Value, read: Read) -> list[Affine]:
@@ -174,10 +201,9 @@ def chain_before(value: ir.Value, read: Read) -> list[Affine]:
             break
         steps.append(step)
         at = step.x
-    chains: list[Affine] = []
-    for step in steps:
-        chains.append(step.then(chains[-1]) if chains else step)
-    return chains[::-1]
+    # Behind the last that rounds.
+    steps = steps[: len(steps) - 1 - max(rounding(steps[::-1]), default=-1)]
+    return list(itertools.accumulate(steps, lambda chain, step: step.then(chain)))[::-1]
 
 
 def keeps_shape(chain: Affine) -> bool:
@@ -229,8 +255,3 @@ def _gaussian(node: ir.Node | None) -> bool:
 
 def _per_channel(step: Affine, axis: int, channels: int, rank: int) -> bool:
     return all(along(a, axis, channels, rank) is not None for a in (step.scale, step.offset))
-
-
-def _graph(value: ir.Value) -> ir.Graph | ir.Function | None:
-    producer = value.producer()
-    return producer.graph if producer is not None else None

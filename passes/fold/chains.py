@@ -2,23 +2,28 @@
 
 ``c * (a x + b) + d = (c a) x + (c b + d)`` whatever shapes the constants have; a scale of 1 or an offset of 0 needs no
 node where its constant does not broadcast x to a larger shape. Left alone: constants whose product takes more bytes
-than they do, offsets so large that they round x on purpose, and the constants of patterns that ONNX Runtime fuses.
+than they do or loses precision among the subnormal numbers, offsets so large that they round x on purpose, and the
+constants of patterns that ONNX Runtime fuses.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim.passes.fold.affine import Affine, affine, keeps_shape, protected
+from onnxslim.passes.fold.affine import Affine, affine, keeps_shape, protected, rounding
+from onnxslim.passes.fold.edit import faithful
 from onnxslim.passes.fold.work import Work
 
 
 def merge_chains(work: Work) -> None:
     """Shorten every run of elementwise nodes with constants."""
+    apart: set[ir.Node] = set()  # nodes that round on purpose: none of them starts or continues a run
     for node in work.nodes():
-        chain = _run(work, node)
+        chain = _run(work, node, apart)
         if chain is None:
             continue
         # The longest part that can be merged, from the front; the rest is seen when its own first node comes.
@@ -26,17 +31,19 @@ def merge_chains(work: Work) -> None:
             chain = _compose(work, chain.nodes[:-1])
 
 
-def _run(work: Work, node: ir.Node) -> Affine | None:
-    """The run of elementwise nodes that starts with ``node``."""
-    nodes: list[ir.Node] = []
+def _run(work: Work, node: ir.Node, apart: set[ir.Node]) -> Affine | None:
+    """The run of elementwise nodes that starts with ``node``, up to those that are ``apart``, which grows."""
+    steps: list[Affine] = []
     at: ir.Node | None = node
     while at is not None and not g.is_op(at, "BatchNormalization") and not protected(at):
         step = affine(at, work.weights.read)
         if step is None or at.graph is not node.graph:
             break
-        nodes.append(at)
+        steps.append(step)
         at = g.only_user(at.outputs[0])
-    return _compose(work, tuple(nodes))
+    apart.update(steps[k].nodes[0] for k in rounding(steps))
+    nodes = (step.nodes[0] for step in steps)
+    return _compose(work, tuple(itertools.takewhile(lambda n: n not in apart, nodes)))
 
 
 def _compose(work: Work, nodes: tuple[ir.Node, ...]) -> Affine | None:
@@ -50,10 +57,12 @@ def _compose(work: Work, nodes: tuple[ir.Node, ...]) -> Affine | None:
 
 def _merge(work: Work, chain: Affine) -> bool:
     dtype = chain.y.dtype or chain.x.dtype
-    if dtype is None or not chain.finite() or chain.rounds_on_purpose(dtype):
+    if dtype is None or not chain.finite():
         return False
     steps: list[tuple[str, np.ndarray]] = []
     if chain.scales:
+        if not faithful(chain.scale, dtype):
+            return False
         steps.append(("Mul", chain.scale))
     if chain.shifts:
         steps.append(("Add", chain.offset))

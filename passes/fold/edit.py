@@ -92,6 +92,11 @@ def representable(matrix: np.ndarray, dtype: ir.DataType) -> bool:
     return not bool(np.any((error > eps * size) & (error > eps**2 * size.max(initial=0.0))))
 
 
+def faithful(factors: np.ndarray, dtype: ir.DataType) -> bool:
+    """False when one of these factors, each by itself, is not `representable` in ``dtype``."""
+    return representable(factors.reshape(1, -1, 1, 1), dtype)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _New:
     """A constant that an `Edit` writes: in full precision, rounded, and the existing one that holds the same."""
@@ -232,7 +237,7 @@ class Edit:
         for (node, index), new in self._slots.items():
             old = _input(node, index)
             arrays = written.setdefault(old, [])
-            if any(a.shape == new.stored.shape and np.array_equal(a, new.stored) for a in arrays):
+            if any(np.array_equal(a, new.stored) for a in arrays):
                 continue
             copied = copied or (old is not None and (old not in owned or bool(arrays)))
             name = len(_hint(node, index)) + (0 if old in owned and not arrays else 4)

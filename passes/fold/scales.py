@@ -16,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
-from onnxslim.linear import FLOATS, Linear, view
-from onnxslim.passes.fold.absorb import HEAVY, LIGHT, record, rewrite
-from onnxslim.passes.fold.affine import Affine, affine, protected
+from onnxslim.linear import Linear, view
+from onnxslim.passes.fold.absorb import record, rewrite
+from onnxslim.passes.fold.affine import Affine, affine, large, protected
+from onnxslim.passes.fold.edit import faithful
 from onnxslim.passes.fold.work import Work
 
 # Nodes that may stand between the factor and the weights.
@@ -72,7 +73,7 @@ def absorb_scales(work: Work) -> None:
 def _absorb(work: Work, node: ir.Node, step: Affine) -> None:
     factor = float(step.scale.reshape(()))
     rank = g.known_shape(step.x)
-    if not factor or not np.isfinite(factor) or len(step.shape) > len(rank or ()):
+    if not factor or len(step.shape) > len(rank or ()):
         return
     if step.x.dtype in HALVES and abs(factor) > 1:
         return
@@ -95,7 +96,13 @@ def _commit(work: Work, node: ir.Node, x: ir.Value, factor: float, plan: _Plan) 
     for user, index in plan.constants:
         value = user.inputs[index]
         assert value is not None and value.dtype is not None
-        edit.give(user, index, factor * work.weights.read(value), value.dtype)
+        constant = work.weights.read(value)
+        if g.is_op(user, "Add", "Sub", "Sum") and np.max(np.abs(constant), initial=0.0) >= large(value.dtype):
+            return False  # it may round what it is added to: not homogeneous
+        scaled = factor * constant
+        if not faithful(scaled, value.dtype):
+            return False
+        edit.give(user, index, scaled, value.dtype)
     if edit.refusal() is not None:
         return False
     work.done["scale"] += 1
@@ -112,7 +119,7 @@ def _scale(value: ir.Value, plan: _Plan) -> _Plan | None:
     node = value.producer()
     if node is None or len(plan.nodes) > FARTHEST:
         return None
-    linear = view(node) if node.op_type in (*HEAVY, *LIGHT) else None
+    linear = view(node)
     if linear is not None:
         plan = plan.copy()
         plan.values[linear.y] = None
@@ -130,7 +137,7 @@ def _scale(value: ir.Value, plan: _Plan) -> _Plan | None:
                 attempt = None
             elif not g.is_constant(operand):
                 attempt = _scale(operand, attempt)
-            elif operand.dtype in FLOATS:
+            else:
                 attempt.constants.append((node, index))
         if attempt is not None:
             return attempt
@@ -145,8 +152,6 @@ def _choices(node: ir.Node, constants_first: bool) -> list[tuple[int, ...]]:
         return [tuple(range(len(node.inputs)))]
     if g.is_op(node, "Mul", "MatMul"):
         left, right = node.inputs
-        if left is right:
-            return []
         if g.is_constant(left) or g.is_constant(right):
             constant = int(g.is_constant(right))
             return [(constant,)] if constants_first else [(1 - constant,)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -221,14 +222,76 @@ def test_layer_normalization_takes_the_scale_and_offset_behind_it() -> None:
     ]
 
 
+def test_an_operator_without_a_bias_that_is_no_product_keeps_its_offset_behind() -> None:
+    nodes = [node("RMSNormalization", "x g", "m"), node("Add", "m b")]
+    model = net(nodes, {"x": ["n", 4]}, {"g": normal(4), "b": normal(4)}, opset=23)
+    assert operators(fold(model, {"x": normal(5, 4)})) == ["RMSNormalization", "Add"]
+
+
 def test_matmul_and_add_become_gemm_only_where_they_are_matrices() -> None:
     nodes = [node("MatMul", "x w", "m"), node("Add", "m b")]
     parts = {"w": normal(4, 3), "b": normal(3)}
     assert operators(fold(net(nodes, {"x": ["n", 4]}, parts), {"x": normal(5, 4)})) == ["Gemm"]
     assert operators(fold(net(nodes, {"x": ["n", 2, 4]}, parts), {"x": normal(5, 2, 4)})) == ["MatMul", "Add"]
     assert operators(fold(net(nodes, {"x": None}, parts), {"x": normal(5, 2, 4)})) == ["MatMul", "Add"]  # type: ignore[dict-item]
+    stack = {**parts, "w": normal(2, 4, 3)}
+    assert operators(fold(net(nodes, {"x": [5, 4]}, stack), {"x": normal(5, 4)})) == ["MatMul", "Add"]
     rows = {**parts, "b": normal(3, 1)}
     assert operators(fold(net(nodes, {"x": [3, 4]}, rows), {"x": normal(3, 4)})) == ["MatMul", "Add"]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("steps", ["Mul k", "Add k", "Mul k;Add a", "Sub k;Div a"])
+def test_batchnorm_takes_affine_maps_on_both_sides_of_its_mean(steps: str, behind: bool) -> None:
+    nodes, at = [], "x"
+    if behind:
+        nodes.append(node("BatchNormalization", f"x {BN}", at := "n"))
+    for k, step in enumerate(steps.split(";")):
+        op, constant = step.split()
+        nodes.append(node(op, f"{at} {constant}", f"v{k}"))
+        at = f"v{k}"
+    nodes.append(node("Tanh", at) if behind else node("BatchNormalization", f"{at} {BN}"))
+    model = net(nodes, {"x": [2, 3, 4]}, {"k": normal(3, 1), "a": normal(3, 1), **batchnorm(3)})
+    result = fold(model, {"x": normal(2, 3, 4)})
+    assert operators(result) == ["BatchNormalization"] + ["Tanh"] * behind
+
+
+def test_a_bias_that_cancels_is_written_all_the_same() -> None:
+    b = normal(3)
+    nodes = [node("Conv", "x w b", "c"), node("Sub", "c k")]
+    model = net(nodes, {"x": [1, 4, 5]}, {"w": normal(3, 4, 1), "b": b, "k": b[:, None]})
+    assert operators(fold(model, {"x": normal(1, 4, 5)})) == ["Conv"]
+
+
+def test_a_bias_that_does_not_change_keeps_its_factor() -> None:
+    nodes = [node("Mul", "x k", "m"), node("Gemm", "m w b", alpha=0.5, beta=3.0)]
+    model = net(nodes, {"x": [2, 4]}, {"k": normal(4), "w": normal(4, 3), "b": normal(3)})
+    assert operators(fold(model, {"x": normal(2, 4)})) == ["Gemm"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "left"),
+    [
+        ("Conv Add Sub", "Conv Add Sub"),
+        ("Add Sub Conv", "Add Sub Conv"),
+        ("Conv Shift Add Sub", "Conv Add Sub"),
+        ("Conv Add Sub Shift", "Conv Add Sub Add"),
+        ("Conv Add Sub Conv", "Conv Add Sub Conv"),
+        ("Add Sub Scale Shift Pad", "Add Sub Add Conv"),
+    ],
+)
+def test_a_large_number_that_is_added_and_subtracted_rounds_on_purpose(steps: str, left: str) -> None:
+    operands = {"Add": "k", "Sub": "k", "Conv": "w b", "Pad": "w b", "Scale": "s", "Shift": "t"}
+    names = {"Pad": "Conv", "Scale": "Mul", "Shift": "Add"}
+    nodes = [
+        node(names.get(s, s), f"v{k} {operands[s]}", f"v{k + 1}", **({"pads": [1, 0]} if s == "Pad" else {}))
+        for k, s in enumerate(steps.split())
+    ]
+    parts = {
+        "k": np.float32(1.5 * 2**23), "w": normal(4, 4, 1), "b": normal(4), "s": normal(4, 1), "t": normal(4, 1),
+    }  # fmt: skip
+    model = net(nodes, {"v0": [1, 4, 5]}, parts, (f"v{len(nodes)}",))
+    assert operators(fold(model, {"v0": 9 * normal(1, 4, 5)})) == left.split()
 
 
 @FEW
@@ -295,13 +358,13 @@ def test_constants_that_broadcast_the_data_stay_in_front() -> None:
 
 
 def test_a_constant_along_another_axis_stays_in_front() -> None:
-    for constant in ((4,), (1, 1, 4), (4, 1, 1), (4, 4)):
+    for op, constant in itertools.product(("Mul", "Add"), ((4,), (1, 1, 4), (4, 1, 1), (4, 4))):
         model = net(
-            [node("Mul", "x k", "m"), node("Conv", "m w")],
+            [node(op, "x k", "m"), node("Conv", "m w b")],
             {"x": [4, 4, 4]},
-            {"k": normal(*constant), "w": normal(4, 4, 1)},
+            {"k": normal(*constant), "w": normal(4, 4, 1), "b": normal(4)},
         )
-        assert operators(fold(model, {"x": normal(4, 4, 4)})) == ["Mul", "Conv"]
+        assert operators(fold(model, {"x": normal(4, 4, 4)})) == [op, "Conv"]
 
 
 def test_every_reader_must_take_the_affine_map() -> None:
@@ -343,7 +406,36 @@ def test_a_value_between_affine_maps_that_others_read_stays(shown: str) -> None:
     assert operators(fold(model, {"x": normal(1, 3, 4)}))[:2] == ["Mul", "Conv"]
 
 
+@pytest.mark.parametrize(
+    ("op", "data", "constant", "weight", "kept"),
+    [
+        ("Conv", (1, 1, 4), (1, 3, 1), (2, 3, 1), True),
+        ("Conv", (1, 3, 4), (1,), (2, 3, 1), False),
+        ("Gemm", (3, 1), (4,), (4, 2), True),
+        ("MatMul", (), (1,), (1, 2), True),
+        ("MatMul", (), (1,), (3, 1, 2), True),
+    ],
+)
+def test_constants_that_may_broadcast_data_of_unknown_rank_stay_in_front(
+    op: str, data: tuple[int, ...], constant: tuple[int, ...], weight: tuple[int, ...], kept: bool
+) -> None:
+    nodes = [node("Mul", "x k", "m"), node(op, "m w")]
+    model = net(nodes, {"x": None}, {"k": normal(*constant), "w": normal(*weight)})  # type: ignore[dict-item]
+    assert ("Mul" in operators(fold(model, {"x": np.asarray(normal(*data))}))) is kept
+
+
 def test_batchnorm_of_unknown_rank_stays() -> None:
-    nodes = [node("Relu", "x", "r"), node("BatchNormalization", f"r {BN}")]
-    model = net(nodes, {"x": None}, batchnorm(3))  # type: ignore[dict-item]
-    assert operators(fold(model, {"x": normal(2, 3, 4)})) == ["Relu", "BatchNormalization"]
+    for nodes in (
+        [node("Relu", "x", "r"), node("BatchNormalization", f"r {BN}")],
+        [node("BatchNormalization", f"x {BN}", "b"), node("Conv", "b w")],
+    ):
+        model = net(nodes, {"x": None}, {"w": normal(2, 3, 1), **batchnorm(3)})  # type: ignore[dict-item]
+        assert operators(fold(model, {"x": normal(2, 3, 4)})) == [n.op_type for n in nodes]
+
+
+@pytest.mark.parametrize("data", [(2, 3, 4), (3, 4)])
+def test_batchnorm_behind_a_stack_of_matrices_may_not_be_per_output_channel(data: tuple[int, ...]) -> None:
+    """Behind data of unknown rank; for a vector alone axis 1 is the last."""
+    nodes = [node("MatMul", "x w", "m"), node("BatchNormalization", f"m {BN}")]
+    model = net(nodes, {"x": None}, {"w": normal(2, 4, 3), **batchnorm(3)})  # type: ignore[dict-item]
+    assert operators(fold(model, {"x": normal(*data)})) == ["MatMul", "BatchNormalization"]

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nets import fold, net, node, normal
-from oracles import operators
+from oracles import apply, assert_same, operators
 
 from onnxslim import model as model_io
 from onnxslim import runtime
@@ -66,8 +68,29 @@ def test_a_run_that_changes_the_shape_keeps_a_node_for_it() -> None:
 def test_adding_and_subtracting_a_large_number_rounds_on_purpose() -> None:
     model = chain("Abs;Add a;Sub a;Abs", {"a": np.float32(1.5 * 2**23)})
     assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Add", "Sub", "Abs"]
+    parts = {"a": np.float32(1.5 * 2**23), "c": np.float32(0.3), "h": np.float32(3)}
+    for text in ("Add c;Add a;Sub a", "Add a;Sub a;Add c", "Mul h;Add c;Add a;Sub a;Add c;Mul h"):
+        steps = [step.split()[0] for step in text.split(";")]
+        assert operators(fold(chain(text, {k: v for k, v in parts.items() if k in text}), {"x": normal(2, 3)})) == steps
     model = chain("Abs;Add a;Sub a;Sigmoid", {"a": np.float32(15)})
     assert operators(fold(model, {"x": normal(2, 3) * 10})) == ["Abs", "Sigmoid"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-4, 4), min_size=2, max_size=4))
+def test_factors_that_would_become_subnormal_stay(exponents: list[float]) -> None:
+    """No factor leaves the normal range of float16, nor does a value; a product of the factors may."""
+    factors, size = [], 3.0
+    for exponent in exponents:
+        if -4 < size + exponent < 4:
+            factors.append(np.float16(10**exponent))
+            size += exponent
+    assume(factors)
+    steps = [node("Mul", f"v{k} k{k}", f"v{k + 1}") for k in range(len(factors))]
+    parts = {f"k{k}": factor for k, factor in enumerate(factors)}
+    model = net(steps, {"v0": [3]}, parts, (f"v{len(factors)}",), dtype=TensorProto.FLOAT16)
+    feeds = {"v0": np.array([1000, 2000, 3000], np.float16)}
+    assert_same(model, apply(model, "fold")[0], feeds, rtol=5e-3)
 
 
 def test_integers_are_left_alone() -> None:
@@ -138,8 +161,20 @@ def test_a_run_that_adds_an_axis_keeps_a_node_for_it() -> None:
     parts = {"a": np.full((1, 1), 2, np.float32), "b": np.full((), 0.5, np.float32)}
     model = chain("Mul a;Mul b", parts, (3,))
     assert len(operators(fold(model, {"x": normal(3)}))) == 1
+    ones = chain("Relu;Mul a;Mul b;Sigmoid", parts, (3,))
+    assert len(operators(fold(ones, {"x": normal(3)}))) > 2
     unknown = chain("Mul a;Mul b", {**parts, "a": np.full((1,), 2, np.float32)}, None)  # type: ignore[arg-type]
     assert len(operators(fold(unknown, {"x": np.array(3, np.float32)}))) == 1
+
+
+def test_a_difference_from_a_constant_turns_the_data_round() -> None:
+    nodes, parts = (
+        [node("Sub", "a x", "m"), node("Mul", "m b", "n"), node("Add", "n a")],
+        {"a": normal(3), "b": normal(3)},
+    )
+    assert operators(fold(net(nodes, {"x": [2, 3]}, parts), {"x": normal(2, 3)})) == ["Mul", "Add"]
+    twice = [nodes[0], node("Sub", "b m")]
+    assert operators(fold(net(twice, {"x": [2, 3]}, parts), {"x": normal(2, 3)})) == ["Add"]
 
 
 def test_integers_are_no_affine_maps_of_floats() -> None:

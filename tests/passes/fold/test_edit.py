@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxslim.graph import add_constant, set_constant
 from onnxslim.passes.fold import edit
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -49,6 +50,13 @@ def test_a_shared_weight_is_copied_only_when_the_file_does_not_grow() -> None:
     result = fold(small, feeds)
     assert operators(result) == ["Conv", "Conv"]
     assert result.ByteSize() <= apply(small, "")[0].ByteSize()
+
+
+@pytest.mark.parametrize(("size", "stays"), [(50, True), (1, False)])
+def test_a_weight_shared_with_a_user_that_does_not_change(size: int, stays: bool) -> None:
+    model, feeds = twins(same=True, size=size)
+    model.graph.node[3].CopyFrom(node("Relu", "d", "v"))
+    assert ("BatchNormalization" in operators(fold(model, feeds))) is stays
 
 
 def test_a_weight_that_is_a_graph_output_keeps_its_content() -> None:
@@ -171,6 +179,14 @@ def test_a_bias_outside_the_range_of_float16_is_not_made() -> None:
     assert "float16" in reasons(model)[0]
 
 
+def test_a_sum_of_offsets_outside_the_range_of_float16_is_not_made() -> None:
+    nodes = [node("Add", "x k", "m"), node("Add", "m k")]
+    model = net(nodes, {"x": [3]}, {"k": np.float16(6e4)}, dtype=TensorProto.FLOAT16)
+    result, _ = apply(model, "fold")
+    assert operators(result) == ["Add", "Add"]
+    assert_same(model, result, {"x": np.full(3, -6e4, np.float16)})
+
+
 def test_float16_stays_float16() -> None:
     model = half(0.3, 1)
     result, _ = apply(model, "fold")
@@ -231,3 +247,19 @@ def test_small_rows_are_found_whatever_the_blocks(block: int, monkeypatch: pytes
     assert edit.representable(matrix, ir.DataType.FLOAT)
     matrix[0, 3, 2, 1] = 1e300
     assert not edit.representable(matrix, ir.DataType.FLOAT)
+
+
+def test_the_content_of_a_constant_is_read_again_when_it_is_another() -> None:
+    graph = ir.Graph([], [], nodes=[])
+    constants, value = edit.Weights(), add_constant(graph, "v", np.zeros(4))
+    for content in normal(3, 4):
+        set_constant(value, content)
+        np.testing.assert_array_equal(constants.read(value), content)
+
+
+def test_a_constant_of_another_type_or_shape_does_not_serve() -> None:
+    value = ir.Value(name="v")
+    set_constant(value, np.array([1, 2]))
+    assert edit._equal(value, np.array([1, 2]))
+    assert not edit._equal(value, np.array([1, 2], np.float32))
+    assert not edit._equal(value, np.array([[1, 2]]))

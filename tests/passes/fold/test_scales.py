@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nets import fold, net, node, normal
-from oracles import apply, operators
+from oracles import apply, assert_same, operators
 
 B, S, H, D = 2, 5, 2, 4
 X = normal(B, S, H * D)
@@ -90,6 +90,15 @@ def test_through_rotary_embeddings() -> None:
     assert operators(result).count("Mul") == 2
 
 
+def test_through_a_quotient() -> None:
+    model = attention(node("Exp", "row", "e"), node("Div", "q e", "d"), node("Mul", "d scale", "p"), left="p")
+    model.graph.input.append(onnx.helper.make_tensor_value_info("row", TensorProto.FLOAT, [D]))
+    rest = [t for t in model.graph.initializer if t.name != "row"]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(rest)
+    assert "Mul" not in operators(fold(model, {"x": X, "row": normal(D)}))
+
+
 def test_into_the_scale_of_a_normalization() -> None:
     model = attention(
         node("LayerNormalization", "q gamma beta", "n", axis=-1),
@@ -110,6 +119,7 @@ KEPT = {
     "the query is an output": attention(node("Mul", "q scale", "p"), left="p", outputs=("y", "q")),
     "the factor is zero": attention(node("Mul", "q zero", "p"), left="p"),
     "the factor varies": attention(node("Mul", "q row", "p"), left="p"),
+    "the factor adds an axis": attention(node("Mul", "q wide", "p"), left="p"),
     "the query is multiplied with itself": attention(
         node("Mul", "q q", "qq"), node("Mul", "qq scale", "p"), left="p"
     ),
@@ -118,6 +128,10 @@ KEPT = {
     ),
     "both factors of a product would be scaled": attention(
         node("Neg", "q", "n"), node("Mul", "q n", "qn"), node("Concat", "qn n", "s", axis=2),
+        node("Mul", "s scale", "p"), left="p",
+    ),
+    "both operands of a quotient would be scaled": attention(
+        node("Neg", "q", "n"), node("Div", "q n", "qn"), node("Concat", "qn n", "s", axis=2),
         node("Mul", "s scale", "p"), left="p",
     ),
     "a linear layer would be scaled along with its data": attention(
@@ -136,7 +150,8 @@ KEPT = {
 @pytest.mark.parametrize("why", KEPT)
 def test_what_would_not_be_exact_stays(why: str) -> None:
     model = KEPT[why]
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0), "zero"))
+    for name, array in {"zero": np.float32(0), "wide": np.full([1] * 5, 3, np.float32)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     result = fold(model, {"x": X})
     assert operators(result) == operators(model)
 
@@ -156,6 +171,20 @@ def test_half_precision_keeps_factors_above_one() -> None:
         base = attention(node("Mul", "q scale", "p"), left="p")
         model = net(list(base.graph.node), {"x": X.shape}, parts, ["y"], dtype=TensorProto.FLOAT16)
         assert ("Mul" in operators(apply(model, "fold")[0])) is kept
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1e-2, False), (1e-3, True)])
+def test_constants_that_would_become_subnormal_stay(size: float, kept: bool) -> None:
+    """The constant and the factor are normal numbers of float16; their product has few digits left."""
+    nodes = [
+        node("Relu", "x", "r"), node("Mul", "r c", "m"), node("Transpose", "m", "t", perm=[1, 0]),
+        node("Mul", "t f"),
+    ]  # fmt: skip
+    parts = {"c": (size * (1 + np.arange(4) / 4)).astype(np.float16), "f": np.float16(1e-2)}
+    model = net(nodes, {"x": [3, 4]}, parts, dtype=TensorProto.FLOAT16)
+    result, _ = apply(model, "fold")
+    assert (operators(result).count("Mul") == 2) is kept
+    assert_same(model, result, {"x": np.full((3, 4), 1000, np.float16)}, rtol=3e-3)
 
 
 @settings(max_examples=40, deadline=None)
