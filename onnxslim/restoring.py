@@ -17,7 +17,7 @@ from onnxslim.probe import noise
 # Held-out samples that judge a choice, at most and at least.
 JUDGED, FEWEST = 24, 4
 # Multiply-accumulates that judging one choice, and ranking all layers, may take. Counted, and not timed, so that the
-# same model and data give the same choice on every machine, busy or idle.
+# same model and data give the same choice on a busy machine and on an idle one.
 WORK_PER_TRIAL, WORK = 4e10, 3e11
 # Single layers that do not fit in before the more harmful ones are not tried any more.
 MOST_REFUSED = 3
