@@ -149,8 +149,9 @@ def block(
     *,
     single: Sequence[bool] = (),
     least: int = 8,
+    warm: float = 1.0,
 ) -> dict[str, list[Any]]:
-    """Make all calls anew, in a random order, warm them up and run them in turn.
+    """Make all calls anew, in a random order, warm each up for at most ``warm`` seconds and run them in turn.
 
     ``rounds`` and ``waited`` are those of `interleave`, ``load_ms`` and ``first_ms`` the time to make each call and of
     its first pass. What a new session draws by chance (where its memory lies) is drawn anew with each block.
@@ -165,7 +166,7 @@ def block(
         load[i] = 1e3 * (time.perf_counter() - start)
     made = [call for call in calls if call is not None]
     for i in order:
-        first[i] = warm_up(made[i])[0]
+        first[i] = warm_up(made[i], warm)[0]
     # The collector of cyclic garbage would run in the middle of somebody's pass.
     collecting = gc.isenabled()
     gc.disable()

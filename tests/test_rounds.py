@@ -104,6 +104,16 @@ def _held(clock: _Clock, milliseconds: float, waits: Iterable[float]) -> rounds.
     return call
 
 
+def test_a_block_warms_up_for_as_long_as_asked_for(clock: _Clock) -> None:
+    def warmed_up(milliseconds: float, warm: float) -> int:
+        call = _held(clock, milliseconds, passes := iter([0.0] * 100))
+        rounds.block([lambda: call], 0.0, random.Random(0), least=3, warm=warm)
+        return 100 - 3 - len(list(passes))
+
+    assert warmed_up(20.0, 0.03) == warmed_up(500.0, 0.03) == 2
+    assert warmed_up(1.0, 0.03) == warmed_up(20.0, 1.0) == 6
+
+
 def test_with_several_threads_passes_that_waited_do_not_count(clock: _Clock) -> None:
     call = _held(clock, 10.0, itertools.cycle([0.0, 30.0, 0.1, 0.0]))
     found, waits = rounds.interleave([call], 0.0, random.Random(0))
