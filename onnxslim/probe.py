@@ -5,7 +5,8 @@ sums up the difference: one session gives the error of every product for any cho
 points are inputs of the session. Upstream products stay exact, so errors do not mix.
 
 `Switched` is the whole model with every stored tensor behind a switch that is an input of the session: any choice of
-units can be simulated without building a model for it.
+units can be simulated without building a model for it. A switch is an If: only what is chosen is computed, and the
+weights of both sides are constants, which a selection by Where would multiply with as if they were activations.
 """
 
 from __future__ import annotations
@@ -126,46 +127,40 @@ class Switched:
         for name in self.values:
             value = values[name]
             uses = list(value.uses())
-            switch = _switch(graph, f"on:{name}")
-            first = graph[0] if value.producer() is None else None
-            scale, zero = constants[owner.get(name, name)]
-            q = g.add_node(graph, "QuantizeLinear", [value, scale, zero], before=first, after=value.producer())
-            q.outputs[0].dtype = plan.profile.dtype
-            dq = g.add_node(graph, "DequantizeLinear", [q.outputs[0], scale, zero], after=q, like=value)
-            choice = g.add_node(graph, "Where", [switch, dq.outputs[0], value], after=dq, like=value)
+            params = constants[owner.get(name, name)]
+            q = _loose(graph, "QuantizeLinear", [value, *params])
+            dq = _loose(graph, "DequantizeLinear", [q.outputs[0], *params])
+            same = _loose(graph, "Identity", [value])
+            choice = _either(graph, f"on:{name}", [q, dq], [same], value)
             for use in uses:
-                use.node.replace_input_with(use.idx, choice.outputs[0])
+                use.node.replace_input_with(use.idx, choice)
             outputs = graph.outputs if value.graph is None else value.graph.outputs
             for index, output in enumerate(outputs):
                 if output is value:
-                    outputs[index] = choice.outputs[0]
+                    outputs[index] = choice
         # Outputs may have been renamed: they are read by position.
         for name in self.products:
-            self._weight(graph, self.units[name], plan)
+            self._product(graph, self.units[name], plan)
         self.runner = _load(clone, threads)
 
-    def _weight(self, graph: ir.Graph, unit: Unit, plan: Plan) -> None:
+    def _product(self, graph: ir.Graph, unit: Unit, plan: Plan) -> None:
+        """Put ``unit`` with the numbers of the file, and with those that would be stored, behind a switch."""
         assert unit.weight is not None
-        node, index = unit.node, unit.weight[0]
-        switch = _switch(graph, f"w:{unit.name}")
-        weight = node.inputs[index]
         stored = g.add_constant(graph, f"{unit.name}_stored", dequantize(*plan.weights[unit.name]))
-        choice = g.add_node(graph, "Where", [switch, stored, weight], before=node, like=weight)
-        node.replace_input_with(index, choice.outputs[0])
+        changed = {(unit.node, unit.weight[0]): stored}
         shift = plan.shift.get(unit.name)
-        target = unit.bias or node
+        target = unit.bias or unit.node
         place = 2 if unit.bias is None else (0 if g.is_constant(unit.bias.inputs[0]) else 1)
-        if shift is None or (unit.bias is None and node.op_type == "MatMul"):
-            return
-        old = target.inputs[place] if len(target.inputs) > place else None
-        plain = np.zeros(len(shift), np.float32) if old is None else g.constant(old)
-        assert plain is not None
-        if old is None:
-            node.resize_inputs(3)
-            old = g.add_constant(graph, f"{unit.name}_no_bias", plain)
-        moved = g.add_constant(graph, f"{unit.name}_moved", (plain + shift).astype(np.float32))
-        bias = g.add_node(graph, "Where", [switch, moved, old], before=target, like=old)
-        target.replace_input_with(place, bias.outputs[0])
+        if shift is not None and target.op_type != "MatMul":
+            old = g.constant(target.inputs[place]) if len(target.inputs) > place else None
+            moved = (shift if old is None else old + shift).astype(np.float32)
+            changed[target, place] = g.add_constant(graph, f"{unit.name}_moved", moved)
+        result = unit.nodes[-1].outputs[0]
+        choice = _either(graph, f"w:{unit.name}", _copies(graph, unit, changed), _copies(graph, unit, {}), result)
+        g.replace(result, choice)
+        for node in reversed(unit.nodes):
+            assert isinstance(node.graph, ir.Graph)
+            node.graph.remove(node, safe=True)
 
     def __call__(self, feeds: Feeds, chosen: Collection[str]) -> list[np.ndarray]:
         """The outputs, in the order of the model's, with the ``chosen`` units on integers."""
@@ -219,10 +214,45 @@ def _load(clone: ir.Model, threads: int) -> runtime.Runner:
     return runner
 
 
-def _switch(graph: ir.Graph, name: str) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
-    graph.inputs.append(value)
-    return value
+def _either(graph: ir.Graph, name: str, on: Sequence[ir.Node], off: Sequence[ir.Node], like: ir.Value) -> ir.Value:
+    """What the last node of ``on`` computes where the new input ``name`` of the model is true, else that of ``off``.
+
+    It stands right behind what computes ``like``, whose type it has.
+    """
+    switch = ir.Value(name=name, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
+    graph.inputs.append(switch)
+    branches = {}
+    for branch, nodes in (("then_branch", on), ("else_branch", off)):
+        result = nodes[-1].outputs[0]
+        result.type = like.type
+        branches[branch] = ir.Graph([], [result], nodes=nodes, name=result.name)
+    producer = like.producer()
+    before = graph[0] if producer is None else None
+    chosen = g.add_node(graph, "If", [switch], attributes=branches, before=before, after=producer, like=like)
+    return chosen.outputs[0]
+
+
+def _copies(graph: ir.Graph, unit: Unit, numbers: Mapping[tuple[ir.Node, int], ir.Value]) -> list[ir.Node]:
+    """The nodes of ``unit`` once more, with other ``numbers`` in the place of some inputs."""
+    made: dict[ir.Value | None, ir.Value | None] = {}
+    copies = []
+    for node in unit.nodes:
+        inputs = [made.get(value, value) for value in node.inputs]
+        for (owner, index), value in numbers.items():
+            if owner is node:
+                inputs += [None] * (index + 1 - len(inputs))
+                inputs[index] = value
+        copy = _loose(graph, node.op_type, inputs)
+        copy.attributes.update(node.attributes)
+        made[node.outputs[0]] = copy.outputs[0]
+        copies.append(copy)
+    return copies
+
+
+def _loose(graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value | None]) -> ir.Node:
+    """A node in no graph yet, with a name that is new to ``graph``."""
+    output = ir.Value(name=g.fresh_name(graph, op_type))
+    return ir.node(op_type, inputs, outputs=[output], name=output.name)
 
 
 def _constants(graph: ir.Graph, owner: str, params: QParams) -> tuple[ir.Value, ir.Value]:

@@ -1,0 +1,89 @@
+"""`int8` judges a simulation: it must compute what the file would, for any choice of layers."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import helper
+
+from onnxslim import data, runtime
+from onnxslim import model as model_io
+from onnxslim.contract import Context
+from onnxslim.passes.int8.prepare import Prepared, observe_ranks, survey
+from onnxslim.passes.int8.speed import insert
+from onnxslim.probe import Switched, noise
+from onnxslim.units import Kind, find_units, name_all_nodes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_int8 import RNG, build, filters, samples
+from test_int8_branches import branched, feed
+
+
+def chain() -> ir.Model:
+    """Every kind of product, one behind the other: biases, none, rows, activations, a result that is not stored."""
+    weights = {name: filters(8, 8) for name in ("c1", "c2", "c3")}
+    weights |= {name: RNG.standard_normal((8, 8)).astype(np.float32) / 3 for name in ("m1", "m2", "m3")}
+    weights |= {name: RNG.standard_normal(8).astype(np.float32) for name in ("bias", "row")}
+    weights |= {"shape": np.array([-1, 8]), "high": np.float32(2)}
+    nodes = [
+        helper.make_node("Conv", ["x", "c1", "bias"], ["a1"], name="first"),
+        helper.make_node("Relu", ["a1"], ["a2"]),
+        helper.make_node("Conv", ["a2", "c2"], ["a3"], name="second"),
+        helper.make_node("Clip", ["a3", "", "high"], ["a4"]),
+        helper.make_node("Conv", ["a4", "c3"], ["a5"], name="third"),
+        helper.make_node("Transpose", ["a5"], ["a6"], perm=[0, 2, 3, 1]),
+        helper.make_node("Reshape", ["a6", "shape"], ["a7"]),
+        helper.make_node("MatMul", ["a7", "m1"], ["a8"], name="fourth"),
+        helper.make_node("Add", ["row", "a8"], ["a9"]),
+        helper.make_node("Relu", ["a9"], ["a10"]),
+        helper.make_node("Gemm", ["a10", "m2"], ["a11"], name="fifth", transB=1),
+        helper.make_node("MatMul", ["a11", "m3"], ["y"], name="last"),
+    ]
+    return build(nodes, weights, ["n", 8, 12, 12])
+
+
+def prepared(model: ir.Model, feeds: list[dict[str, np.ndarray]]) -> Prepared:
+    """All products of ``model`` ready to be stored, in float as they are."""
+    name_all_nodes(model)
+    seen = data.open_data(feeds, data.input_specs(model))
+    ctx = Context(seen, threads=1)
+    observe_ranks(model, seen, ctx)
+    products = [n for n, unit in find_units(model)[0].items() if unit.kind is Kind.PRODUCT]
+    return survey(model, products, seen, ctx, per_channel=True)
+
+
+@pytest.mark.parametrize(
+    "make, feeds, any_choice",
+    [
+        (chain, samples((1, 8, 12, 12)), True),
+        # A value that is read both ways is stored for all its readers in the simulation.
+        (lambda: model_io.load(branched()), [feed(k, bool(k % 2)) for k in range(12)], False),
+    ],
+)
+def test_a_simulation_computes_what_the_file_says(
+    make: Callable[[], ir.Model], feeds: list[dict[str, np.ndarray]], any_choice: bool
+) -> None:
+    model = make()
+    ready = prepared(model, feeds)
+    before = model_io.to_bytes(model)
+    simulated = Switched(model, ready.plan(ready.choose(ready.products)), threads=1)
+    plain = runtime.load(model, threads=1)
+    floats = [runtime.arrays(runtime.run(plain, x)) for x in feeds[-2:]]
+    count = len(ready.products)
+    assert count > 3
+    for size in range(count + 1) if any_choice else (0, count):
+        for chosen in itertools.combinations(ready.products, size):
+            file = runtime.load(insert(model, ready, chosen), threads=1, optimize=False)
+            want = [runtime.arrays(runtime.run(file, x)) for x in feeds[-2:]]
+            got = [simulated(x, ready.choose(chosen)) for x in feeds[-2:]]
+            far = noise(list(zip(floats, want, strict=True)))
+            assert (far > 1e-6) == bool(chosen)
+            # Where a sum is rounded otherwise, a value may be stored one step further.
+            assert noise(list(zip(want, got, strict=True))) <= 0.1 * far + 1e-9
+    assert model_io.to_bytes(model) == before
