@@ -19,9 +19,9 @@ import onnx_ir as ir
 from onnxslim import branch_values, runtime
 from onnxslim import graph as g
 from onnxslim.profiles import CPU, Profile
-from onnxslim.qdq import Plan
+from onnxslim.qdq import Plan, stores
 from onnxslim.quantization import QParams, dequantize
-from onnxslim.units import Kind, Unit, find_units, sources, stored_values
+from onnxslim.units import Kind, Unit, connect, find_units, sources, stored_values
 
 Weights = Mapping[str, tuple[np.ndarray, QParams]]
 Feeds = dict[str, np.ndarray]
@@ -124,27 +124,44 @@ class Switched:
         self.values = stored_values(self.units, plan.chosen)
         self.products = [n for n in self.units if n in plan.chosen and self.units[n].kind is Kind.PRODUCT]
         constants = {o: _constants(graph, o, plan.params[o]) for o in {owner.get(v, v) for v in self.values}}
+        products = {self.units[n].node for n in self.products}
+        self.writer, readers = connect(self.units)
+        self.merged = {name for name in self.values if stores(values[name].producer(), plan.profile)}
+        # Units other than products that read a value which has several readers: what is chosen reads what is stored,
+        # and everybody does where an integer operator writes it, or a kernel that stores it by the way.
+        self.shared: dict[str, list[str]] = {}
+        unstored: dict[str, ir.Value] = {}
         for name in self.values:
             value = values[name]
             uses = list(value.uses())
+            others = [use for use in uses if use.node not in products]
+            outputs = graph.outputs if value.graph is None else value.graph.outputs
             params = constants[owner.get(name, name)]
             q = _loose(graph, "QuantizeLinear", [value, *params])
             dq = _loose(graph, "DequantizeLinear", [q.outputs[0], *params])
-            same = _loose(graph, "Identity", [value])
-            choice = _either(graph, f"on:{name}", [q, dq], [same], value)
+            stored = read = _either(graph, f"on:{name}", [q, dq], _same(graph, value), value)
+            if len({use.node for use in uses}) + (value in outputs) > 1:
+                self.shared[name] = [r for r in readers.get(name, ()) if r not in self.products]
+                unstored[name], read = (
+                    _either(graph, f"{who}:{name}", _same(graph, stored), _same(graph, value), stored)
+                    for who in ("all", "others")
+                )
             for use in uses:
-                use.node.replace_input_with(use.idx, choice)
-            outputs = graph.outputs if value.graph is None else value.graph.outputs
+                use.node.replace_input_with(use.idx, read if use in others else stored)
             for index, output in enumerate(outputs):
                 if output is value:
-                    outputs[index] = choice
+                    outputs[index] = read
         # Outputs may have been renamed: they are read by position.
         for name in self.products:
-            self._product(graph, self.units[name], plan)
+            unit = self.units[name]
+            self._product(graph, unit, plan, unstored.get(unit.inputs[0]))
         self.runner = _load(clone, threads)
 
-    def _product(self, graph: ir.Graph, unit: Unit, plan: Plan) -> None:
-        """Put ``unit`` with the numbers of the file, and with those that would be stored, behind a switch."""
+    def _product(self, graph: ir.Graph, unit: Unit, plan: Plan, unstored: ir.Value | None) -> None:
+        """Put ``unit`` with the numbers of the file, and with those that would be stored, behind a switch.
+
+        ``unstored`` is what it reads in float, where that may be another value than on integers.
+        """
         assert unit.weight is not None
         stored = g.add_constant(graph, f"{unit.name}_stored", dequantize(*plan.weights[unit.name]))
         changed = {(unit.node, unit.weight[0]): stored}
@@ -156,7 +173,8 @@ class Switched:
             moved = (shift if old is None else old + shift).astype(np.float32)
             changed[target, place] = g.add_constant(graph, f"{unit.name}_moved", moved)
         result = unit.nodes[-1].outputs[0]
-        choice = _either(graph, f"w:{unit.name}", _copies(graph, unit, changed), _copies(graph, unit, {}), result)
+        plain = {} if unstored is None else {(unit.node, 0): unstored}
+        choice = _either(graph, f"w:{unit.name}", _copies(graph, unit, changed), _copies(graph, unit, plain), result)
         g.replace(result, choice)
         for node in reversed(unit.nodes):
             assert isinstance(node.graph, ir.Graph)
@@ -166,6 +184,10 @@ class Switched:
         """The outputs, in the order of the model's, with the ``chosen`` units on integers."""
         on = set(stored_values(self.units, chosen))
         switches = {f"on:{v}": np.array(v in on) for v in self.values}
+        for name, units in self.shared.items():
+            told = name in self.merged or self.writer.get(name) in chosen
+            switches[f"all:{name}"] = np.array(told)
+            switches[f"others:{name}"] = np.array(told or any(unit in chosen for unit in units))
         switches.update((f"w:{n}", np.array(n in chosen)) for n in self.products)
         return runtime.arrays(runtime.run(self.runner, {**feeds, **switches}))
 
@@ -247,6 +269,10 @@ def _copies(graph: ir.Graph, unit: Unit, numbers: Mapping[tuple[ir.Node, int], i
         made[node.outputs[0]] = copy.outputs[0]
         copies.append(copy)
     return copies
+
+
+def _same(graph: ir.Graph, value: ir.Value) -> list[ir.Node]:
+    return [_loose(graph, "Identity", [value])]
 
 
 def _loose(graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value | None]) -> ir.Node:

@@ -3,13 +3,14 @@
 =========== =================== ======================================================================================
 profile     activations         pairs
 =========== =================== ======================================================================================
-cpu         u8, zero point free around every integer operator, its result included; biases int32
+cpu         u8, zero point free around every integer operator, its result included
 cpu-arm     s8, zero point free as for cpu
-openvino    u8, zero point free in front of products only: whatever follows a product is merged into it; biases float
+openvino    u8, zero point free in front of products: what follows one is merged into it, and all read what that stores
 tensorrt    s8, zero point 0    as for openvino
 =========== =================== ======================================================================================
 
-Weights are s8 and symmetric everywhere. CUDA's provider in ONNX Runtime has no integer kernels for products.
+Weights are s8 and symmetric everywhere; biases are int32 for the CPU, else float. CUDA's provider in
+ONNX Runtime has no integer kernels for products.
 """
 
 from __future__ import annotations

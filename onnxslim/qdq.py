@@ -24,7 +24,8 @@ import onnx_ir as ir
 from onnxslim import graph as g
 from onnxslim.profiles import CPU, Profile
 from onnxslim.quantization import QParams, bias_params, quantize
-from onnxslim.units import LOWERED, MOVES, Kind, Unit, connect, find_units, sources, stored_values
+from onnxslim.responses import ELEMENTWISE
+from onnxslim.units import LOWERED, MOVES, PRODUCTS, Kind, Unit, connect, find_units, sources, stored_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,15 @@ def insert(model: ir.Model, plan: Plan) -> None:
     if plan.profile.ep == "cpu":
         _shield(model)
     g.remove_dead(model.graph)
+
+
+def stores(producer: ir.Node | None, profile: Profile) -> bool:
+    """Whether the kernel that ``producer`` is part of stores its result for all readers, though no unit writes it.
+
+    Where pairs stand in front of products only, the kernel of a product takes in what is elementwise behind it, the sum
+    with a residual for one, and the QuantizeLinear behind that if nobody reads the result unstored.
+    """
+    return not profile.around and g.is_op(producer, *PRODUCTS, *ELEMENTWISE)
 
 
 def _shield(model: ir.Model) -> None:
@@ -112,6 +122,7 @@ class _Writer:
         self.writer, self.readers = connect(units)
         self.values = {v.name or "": v for v in model.graph.inputs}
         self.values.update((v.name or "", v) for node in g.in_branches(model.graph) for v in node.outputs)
+        self.once = {node.graph for node in g.in_branches(model.graph)}
         self.shared: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.stored_weights: dict[tuple[str, int | None], tuple[np.ndarray, QParams, ir.Value]] = {}
 
@@ -127,15 +138,17 @@ class _Writer:
         if written and unit is not None and unit.tail is not None:
             # What is stored saturates at the bounds of the Relu or Clip: the operator feeds the pair directly.
             raw = unit.tail.inputs[0] or value
-        # An integer operator reads a DequantizeLinear of its own graph.
-        readers: dict[ir.Graph, list[tuple[ir.Node, int]]] = {}
-        for node, index in value.uses():
-            if self._takes_stored(node, name):
-                assert isinstance(node.graph, ir.Graph)
-                readers.setdefault(node.graph, []).append((node, index))
         producer = raw.producer()
         home = self.graph if producer is None else producer.graph
         assert isinstance(home, ir.Graph)
+        merged = stores(producer, self.plan.profile)
+        # An integer operator reads a DequantizeLinear of its own graph.
+        readers: dict[ir.Graph, list[tuple[ir.Node, int]]] = {}
+        for node, index in value.uses():
+            # In the body of a Loop it would be read back in every iteration.
+            if self._takes_stored(node, name) or (merged and node.graph in self.once):
+                assert isinstance(node.graph, ir.Graph)
+                readers.setdefault(node.graph, []).append((node, index))
         q: ir.Node | None = None
         if written or home in readers:
             q = self._quantize(name, raw, value, home)

@@ -17,7 +17,8 @@ from onnxslim import model as model_io
 from onnxslim.contract import Context
 from onnxslim.passes.int8.prepare import Prepared, observe_ranks, survey
 from onnxslim.passes.int8.speed import insert
-from onnxslim.probe import Switched, noise
+from onnxslim.probe import Switched
+from onnxslim.profiles import CPU, PROFILES, Profile
 from onnxslim.units import Kind, find_units, name_all_nodes
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -48,42 +49,85 @@ def chain() -> ir.Model:
     return build(nodes, weights, ["n", 8, 12, 12])
 
 
-def prepared(model: ir.Model, feeds: list[dict[str, np.ndarray]]) -> Prepared:
+def summed() -> ir.Model:
+    """A product and the sum with what is behind it read one value."""
+    weights = {name: filters(8, 8) for name in ("w1", "w2", "w3", "w4")}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a1"], name="first"),
+        helper.make_node("Relu", ["a1"], ["a2"]),
+        helper.make_node("Conv", ["a2", "w2"], ["a3"], name="second", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a3"], ["a4"]),
+        helper.make_node("Conv", ["a4", "w3"], ["a5"], name="third", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["a5", "a2"], ["a6"], name="residual"),
+        helper.make_node("Relu", ["a6"], ["a7"]),
+        helper.make_node("Conv", ["a7", "w4"], ["y"], name="fourth"),
+    ]
+    return build(nodes, weights, ["n", 8, 12, 12])
+
+
+def post_norm() -> ir.Model:
+    """A block of a transformer: products and the residual read what a LayerNormalization writes."""
+    weights = {name: RNG.standard_normal((16, 16)).astype(np.float32) / 4 for name in ("m1", "m2", "m3")}
+    weights |= {"scale": np.linspace(0.5, 2, 16, dtype=np.float32)}
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "scale"], ["a1"]),
+        helper.make_node("MatMul", ["a1", "m1"], ["a2"], name="first"),
+        helper.make_node("Gelu", ["a2"], ["a3"]),
+        helper.make_node("MatMul", ["a3", "m2"], ["a4"], name="second"),
+        helper.make_node("Add", ["a4", "a1"], ["a5"], name="residual"),
+        helper.make_node("LayerNormalization", ["a5", "scale"], ["a6"]),
+        helper.make_node("MatMul", ["a6", "m3"], ["a7"], name="third"),
+        helper.make_node("Tanh", ["a7"], ["a8"]),
+        helper.make_node("MatMul", ["a8", "m1"], ["y"], name="fourth"),
+    ]
+    return build(nodes, weights, ["n", 6, 16], 20)
+
+
+def prepared(model: ir.Model, feeds: list[dict[str, np.ndarray]], profile: Profile = CPU) -> Prepared:
     """All products of ``model`` ready to be stored, in float as they are."""
     name_all_nodes(model)
     seen = data.open_data(feeds, data.input_specs(model))
     ctx = Context(seen, threads=1)
     observe_ranks(model, seen, ctx)
     products = [n for n, unit in find_units(model)[0].items() if unit.kind is Kind.PRODUCT]
-    return survey(model, products, seen, ctx, per_channel=True)
+    return survey(model, products, seen, ctx, per_channel=True, profile=profile)
 
 
+def distances(these: list[list[np.ndarray]], those: list[list[np.ndarray]]) -> np.ndarray:
+    return np.concatenate(
+        [np.abs(a - b).ravel() for x, y in zip(these, those, strict=True) for a, b in zip(x, y, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("target", PROFILES)
 @pytest.mark.parametrize(
-    "make, feeds, any_choice",
+    "make, feeds",
     [
-        (chain, samples((1, 8, 12, 12)), True),
-        # A value that is read both ways is stored for all its readers in the simulation.
-        (lambda: model_io.load(branched()), [feed(k, bool(k % 2)) for k in range(12)], False),
+        (chain, samples((1, 8, 12, 12))),
+        (summed, samples((1, 8, 12, 12))),
+        (post_norm, samples((2, 6, 16))),
+        (lambda: model_io.load(branched()), [feed(k, bool(k % 2)) for k in range(12)]),
     ],
 )
 def test_a_simulation_computes_what_the_file_says(
-    make: Callable[[], ir.Model], feeds: list[dict[str, np.ndarray]], any_choice: bool
+    make: Callable[[], ir.Model], feeds: list[dict[str, np.ndarray]], target: str
 ) -> None:
     model = make()
-    ready = prepared(model, feeds)
+    ready = prepared(model, feeds, PROFILES[target])
     before = model_io.to_bytes(model)
     simulated = Switched(model, ready.plan(ready.choose(ready.products)), threads=1)
     plain = runtime.load(model, threads=1)
     floats = [runtime.arrays(runtime.run(plain, x)) for x in feeds[-2:]]
     count = len(ready.products)
     assert count > 3
-    for size in range(count + 1) if any_choice else (0, count):
+    for size in range(count + 1):
         for chosen in itertools.combinations(ready.products, size):
             file = runtime.load(insert(model, ready, chosen), threads=1, optimize=False)
             want = [runtime.arrays(runtime.run(file, x)) for x in feeds[-2:]]
             got = [simulated(x, ready.choose(chosen)) for x in feeds[-2:]]
-            far = noise(list(zip(floats, want, strict=True)))
-            assert (far > 1e-6) == bool(chosen)
-            # Where a sum is rounded otherwise, a value may be stored one step further.
-            assert noise(list(zip(want, got, strict=True))) <= 0.1 * far + 1e-9
+            far, apart = distances(floats, want), distances(want, got)
+            noise = np.sqrt(np.mean(np.square(far)))
+            assert (noise > 1e-4) == bool(chosen)
+            # Where a sum is rounded otherwise, some values are stored one step further, and some of those behind them.
+            assert np.median(apart) <= 0.05 * noise + 1e-6, chosen
     assert model_io.to_bytes(model) == before
