@@ -57,6 +57,15 @@ def _other_float(array: Any, kind: Any) -> bool:
     return isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.dtype != kind
 
 
+def mute(ort: Any) -> None:
+    """Have ONNX Runtime report nothing more about models, unless the environment says that it may.
+
+    Where it was imported before onnxslim, and on Windows, the variable alone comes too late or is not read.
+    """
+    if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":
+        ort.disable_telemetry_events()
+
+
 class Session:
     """One model on one execution provider; ``session(k)`` runs it once on sample k, cyclically."""
 
@@ -157,6 +166,7 @@ class Worker:
         import onnxruntime as ort
 
         self.ort = ort
+        mute(ort)
         ort.set_default_logger_severity(4)
         self._registered: dict[str, str] = {}  # provider by library
 

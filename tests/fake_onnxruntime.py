@@ -21,6 +21,10 @@ def set_default_logger_severity(level):
     pass
 
 
+def disable_telemetry_events():
+    pass
+
+
 def preload_dlls():
     log("preload_dlls")
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def test_what_fails_in_a_worker_is_said_and_the_worker_lives(cpu: workers.Proces
     with pytest.raises(ModelError):
         cpu.ask("placement", path=str(tmp_path / "bad.onnx"), ep=cpu.request, threads=1)
     assert cpu.ask("hello", ep=cpu.request)["available"]
+
+
+def test_a_runtime_that_was_imported_first_is_muted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    muted: list[bool] = []
+    stand_in = SimpleNamespace(disable_telemetry_events=lambda: muted.append(True))
+    for value, wanted in (("0", []), ("1", [True])):
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", value)
+        worker.mute(stand_in)
+        assert muted == wanted
 
 
 def test_an_interpreter_without_onnxruntime_is_missing(tmp_path: Path) -> None:
