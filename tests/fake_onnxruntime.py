@@ -75,7 +75,7 @@ class Binding:
         log("input", name)
 
     def bind_output(self, name, device, index):
-        log("output", name, device)
+        log("output", name, device, index)
 
     def bind_ortvalue_output(self, name, value):
         log("output-value", name)

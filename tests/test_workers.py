@@ -97,11 +97,11 @@ def _block(ep: str, folder: Path, name: str = "m.onnx") -> None:
 
 
 def test_cuda_binds_inputs_and_outputs_and_synchronizes_every_pass(fake: Path, tmp_path: Path) -> None:
-    _block("cuda(device=0)", tmp_path)
+    _block("cuda(device=1)", tmp_path)
     lines = fake.read_text().splitlines()
     assert lines[0] == "preload_dlls"
-    assert "('CUDAExecutionProvider', {'device_id': '0'}), 'CPUExecutionProvider'" in lines[1]
-    assert lines[2:5] == ["value [1, 2, 8, 8] cuda 0", "input x", "output y cuda"]
+    assert "('CUDAExecutionProvider', {'device_id': '1'}), 'CPUExecutionProvider'" in lines[1]
+    assert lines[2:5] == ["value [1, 2, 8, 8] cuda 1", "input x", "output y cuda 1"]
     runs = [line for line in lines if line in ("run", "run-bound", "synchronize")]
     assert len(runs) > 8
     assert runs == ["run-bound", "synchronize"] * (len(runs) // 2)
