@@ -22,6 +22,8 @@ from onnxslim.sheet import Column, Row, Sheet, speed_text, tables
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from onnxslim.report import Report
+
 Feeds = Sequence[Mapping[str, np.ndarray]]
 # Passes that a profile takes, the first of which is left out.
 _PROFILED = 9
@@ -316,7 +318,8 @@ def run(
     return {**facts, "data": data.origin, "shapes": shown, "threads": list(threads)}
 
 
-def measure_files(
+def report(
+    report: Report,
     original: Path,
     result: Path,
     eps: Sequence[Ep],
@@ -325,10 +328,23 @@ def measure_files(
     *,
     threads: int = 0,
     seed: int = 0,
-) -> dict[str, Any]:
-    """`measure` two files on the same samples."""
+) -> list[str]:
+    """Measure two files on the same samples, and put one entry for each provider into ``report``.
+
+    An entry takes the place of one with the same provider. What could not be measured is returned, and is a warning
+    of the report: the result is there all the same.
+    """
     feeds = list(samples(original, source, shapes, seed).spread(_SAMPLES).feeds())
-    return measure([original, result], eps, {1: feeds}, threads=[threads], seed=seed)
+    try:
+        facts = measure([original, result], eps, {1: feeds}, threads=[threads], seed=seed)
+    except (ModelError, workers.MissingError) as error:
+        report.warnings.append(str(error))
+        return [str(error)]
+    found = entries(facts)
+    again = {entry["ep"] for entry in found}
+    report.bench = [entry for entry in report.bench if entry["ep"] not in again] + found
+    report.warnings += facts["warnings"]
+    return [entry["reason"] for entry in facts["missing"]]
 
 
 def entries(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
