@@ -24,6 +24,10 @@ _MEASURES = {
     "bits": "bits of a stored weight",
     "channels": "channels kept",
 }
+# Columns above which a table is set smaller.
+_WIDE = 8
+# Characters above which the name of a row is broken on a narrow screen.
+_NAME = 16
 
 
 class Cell:
@@ -35,10 +39,11 @@ class Cell:
         self.mark = mark
         self.raw = raw
 
-    def html(self, tag: str = "td") -> str:
-        """As an element."""
-        classes = " ".join(filter(None, ("number" if self.value is not None else "", self.mark)))
-        attributes = f' class="{classes}"' if classes else ""
+    def html(self, tag: str = "td", attributes: str = "") -> str:
+        """As an element, which has ``attributes`` too."""
+        name = "name" if tag == "th" and len(self.text) > _NAME else ""
+        classes = " ".join(filter(None, ("number" if self.value is not None else "", name, self.mark)))
+        attributes += f' class="{classes}"' if classes else ""
         if self.value is not None:
             attributes += f' data-value="{self.value!r}"'
         attributes += ' scope="row"' if tag == "th" else ""
@@ -53,23 +58,41 @@ def _number(value: float | None, form: str = ",") -> Cell:
     return Cell("") if value is None else Cell(format(value, form), float(value))
 
 
-def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = True) -> str:
+def _head(text: str) -> str:
+    """A heading whose arrow is also there for who hears it."""
+    arrow = '<span aria-hidden="true">→ </span><span class="hidden">result: </span>'
+    return _text(text.removeprefix("→ ")) if not text.startswith("→ ") else arrow + _text(text.removeprefix("→ "))
+
+
+def _table(
+    caption: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = True, stack: bool = False
+) -> str:
+    """A table; with ``stack`` each row is a paragraph of its own where the screen is narrow."""
+
+    def role(name: str) -> str:  # laid out in another way, elements lose the roles they have by themselves
+        return f' role="{name}"' if stack else ""
+
     lines = [list(row) for row in rows]
     right = [any(row[k].value is not None for row in lines) for k in range(len(heads))]
     titles = "".join(
-        f'<th scope="col"{" class=number" if number else ""}>{_text(head)}</th>'
+        f'<th scope="col"{role("columnheader")}{" class=number" if number else ""}>{_head(head)}</th>'
         for head, number in zip(heads, right, strict=True)
     )
+    labels = [f' data-label="{_text(head)}"' if stack else "" for head in heads]
     body = "".join(
-        f"<tr>{row[0].html('th')}{''.join(cell.html() for cell in row[1:])}"
+        f"<tr{role('row')}>{row[0].html('th', role('rowheader'))}"
+        f"{''.join(cell.html('td', role('cell') + label) for cell, label in zip(row[1:], labels[1:], strict=True))}"
         "</tr>\n"
         for row in lines
-    )  # fmt: skip
-    kind = ' class="sortable"' if sortable and len(lines) > 1 else ""
-    head = f"<thead><tr>{titles}</tr></thead>\n" if any(heads) else ""
+    )
+    kinds = {"sortable": sortable and len(lines) > 1, "stack": stack, "wide": len(heads) > _WIDE}
+    kind = " ".join(name for name, wanted in kinds.items() if wanted)
+    group = role("rowgroup")
+    head = f"<thead{group}><tr{role('row')}>{titles}</tr></thead>\n" if any(heads) else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}"><table{kind}>'
-        f"<caption>{_text(caption)}</caption>\n{head}<tbody>\n{body}</tbody></table></div>\n"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}">'
+        f'<table{role("table")} class="{kind}">'
+        f"<caption>{_text(caption)}</caption>\n{head}<tbody{group}>\n{body}</tbody></table></div>\n"
     )
 
 
@@ -173,7 +196,11 @@ def _pipeline(report: Mapping[str, Any]) -> str:
             ]
         )
     return _table(
-        "Passes in the order they ran", ("pass", "options", "seconds", "did", "left alone"), rows, sortable=False
+        "Passes in the order they ran",
+        ("pass", "options", "seconds", "did", "left alone"),
+        rows,
+        sortable=False,
+        stack=True,
     )
 
 

@@ -188,6 +188,28 @@ def test_plots_are_drawn_without_a_message_or_a_request(
 
 
 @needs_browser
+def test_on_a_phone_names_are_told_apart_and_what_matters_needs_no_scrolling(browser: Browser, tmp_path: Path) -> None:
+    found = report()
+    assert found.details is not None
+    names = [f"/stages.{k}/blocks.0/depthwise_convolution/Conv" for k in range(12)]
+    for row, name in zip(found.details["layers"], names, strict=True):
+        row["layer"] = name
+    found.before["macs"] = found.after["macs"] = 385_187_552
+    browser.size(390, mobile=True)
+    browser.open(_page(tmp_path, found))
+    shown = browser.run("[...document.querySelectorAll('figure[data-plot=layers] svg text')].map(t => t.textContent)")
+    assert set(names) <= set(shown)
+    for caption in ("Before and after", "Passes in the order they ran"):
+        region = f"document.querySelector('.scroll[aria-label=\"{caption}\"]')"
+        assert browser.run(f"{region}.scrollWidth <= {region}.clientWidth"), caption
+    # Rows laid out as paragraphs are still rows of a table to who hears them.
+    tree = browser.call("Accessibility.getFullAXTree")["nodes"]
+    said = {(n["role"]["value"], n.get("name", {}).get("value")) for n in tree if "role" in n}
+    assert {("rowheader", "prune"), ("columnheader", "left alone"), ("columnheader", "result: ms")} <= said
+    browser.size(1200)
+
+
+@needs_browser
 def test_tables_sort_by_mouse_and_keyboard_and_say_so(browser: Browser, tmp_path: Path) -> None:
     browser.open(_page(tmp_path, report()))
     table = (
@@ -217,6 +239,8 @@ def test_a_choice_redraws_the_plot(browser: Browser, tmp_path: Path) -> None:
     browser.run(f"{figure}.querySelector('select').dispatchEvent(new Event('change'))")
     after = browser.run(f"{figure}.querySelector('svg').outerHTML")
     assert after != before and "bits of a stored weight" in after
+    label = browser.run(f"{figure}.querySelector('svg').getAttribute('aria-label')")
+    assert label == "What each layer costs: bits of a stored weight"
 
 
 @needs_browser
