@@ -121,13 +121,18 @@ def headline(report: Mapping[str, Any]) -> str:
         parts.append(said)
     before, after = report["before"]["bytes"], report["after"]["bytes"]
     change = (after - before) / before if before else 0.0
-    parts.append("same size" if not change else f"{abs(change):.1%} {'smaller' if change < 0 else 'larger'}")
+    # A change that would round to nothing is told in bytes.
+    size = f"{abs(change):.1%}" if abs(change) >= 0.0005 else f"{abs(after - before):,} bytes"
+    parts.append("same size" if not change else f"{size} {'smaller' if change < 0 else 'larger'}")
     metric = report.get("metric")
     if metric is not None:
         parts.append(f"{metric['name']} {metric['before']:.4f} → {metric['after']:.4f}")
     elif report.get("fidelity"):
-        worst = max((o["relative_l2"] or 0.0 for o in report["fidelity"]["outputs"]), default=0.0)
-        parts.append(f"outputs within {worst:.1e} (relative L2) of the original's")
+        errors = [o["relative_l2"] for o in report["fidelity"]["outputs"]]
+        if None in errors:
+            parts.append("how far the outputs are from the original's is unknown")
+        else:
+            parts.append(f"outputs within {max(errors, default=0.0):.1e} (relative L2) of the original's")
     text = "; ".join(parts)
     return text[0].upper() + text[1:] + "."
 
@@ -225,9 +230,10 @@ def _fidelity(report: Mapping[str, Any]) -> str:
     rows = [
         [
             Cell(entry["output"]),
-            _number(entry["relative_l2"], ".1e"),
-            _number(entry["max_abs"], ".1e"),
-            _number(entry["cosine"], ".6f"),
+            *(
+                Cell("unknown") if entry[key] is None else _number(entry[key], form)
+                for key, form in (("relative_l2", ".1e"), ("max_abs", ".1e"), ("cosine", ".6f"))
+            ),
             _number(entry["top1_agreement"], ".1%"),
         ]
         for entry in found["outputs"]
@@ -307,7 +313,7 @@ def page(report: Mapping[str, Any], title: str = "onnxslim report") -> str:
         sections.append(("Pipeline", _pipeline(report)))
     if report["bench"]:
         sections.append(("Latency", _latency(report)))
-    if len(details.get("models", ())) > 1:
+    if len([m for m in details.get("models", ()) if m["quality"] is not None]) > 1:
         sections.append(("Quality and latency", _pareto(details)))
     if report.get("fidelity"):
         sections.append(("Fidelity", _fidelity(report)))

@@ -124,6 +124,25 @@ def test_faster_is_said_when_the_interval_says_so(interval: list[float], said: s
     assert said in html.headline(found.to_dict())
 
 
+def test_what_is_not_known_is_said_to_be_unknown() -> None:
+    found = report(metric=None)
+    assert found.fidelity is not None and found.details is not None
+    found.fidelity["outputs"][0] |= {"relative_l2": None, "cosine": None}
+    for model in found.details["models"]:
+        model["quality"] = None
+    text = found.to_html()
+    assert "how far the outputs are from the original&#x27;s is unknown" in text and "<td>unknown</td>" in text
+    assert "within 0.0" not in text and "Quality and latency" not in text, "no plot without a point"
+
+
+def test_a_small_change_of_the_size_is_told_in_bytes() -> None:
+    found = report()
+    found.after["bytes"] = found.before["bytes"] = 1_000_000
+    assert "same size" in html.headline(found.to_dict())
+    found.after["bytes"] += 76
+    assert "76 bytes larger" in html.headline(found.to_dict())
+
+
 def test_a_notebook_shows_the_summary_without_scripts(tiny: Path) -> None:
     result = onnxslim.optimize(tiny, "simplify", bench=False)
     text = result._repr_html_()
