@@ -162,17 +162,10 @@ class _Lane:
         for variant in self.variants if starts else ():
             # In a process of its own: the peak of memory is that of a process, and later sessions load faster.
             with workers.Process(self.ep, self.process.python, self._folder) as fresh:
-                self._cold.append(
-                    fresh.ask(
-                        "cold", path=variant.path, ep=fresh.request, feeds=self._paths[variant.batch],
-                        threads=variant.threads,
-                    )
-                )  # fmt: skip
+                self._cold.append(self._ask(fresh, "cold", variant, feeds=self._paths[variant.batch]))
         for variant in self.variants:
             if variant.file not in self._placed:
-                placed = self.process.ask(
-                    "placement", path=variant.path, ep=self.process.request, threads=variant.threads
-                )
+                placed = self._ask(self.process, "placement", variant)
                 self._placed[variant.file] = placed
                 provider = self.process.request["provider"]
                 if provider not in placed["providers"]:
@@ -190,6 +183,14 @@ class _Lane:
         self.load_seconds = sum(self._load.pop() + self._first.pop()) / 1e3
         del self._blocks[-1], self._waited[-1]
         return lines
+
+    @staticmethod
+    def _ask(process: workers.Process, do: str, variant: Variant, **more: Any) -> Any:
+        """What `workers.Process.ask` answers about one file, which errors name."""
+        try:
+            return process.ask(do, path=variant.path, ep=process.request, threads=variant.threads, **more)
+        except ModelError as error:
+            raise ModelError(f"{variant.file} on {error}") from error
 
     def block(self, seconds: float, seed: str) -> None:
         """Measure all variants in turn, in new sessions."""

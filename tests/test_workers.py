@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -76,6 +77,12 @@ def test_an_interpreter_without_onnxruntime_is_missing(tmp_path: Path) -> None:
         workers.start(eps.Ep("cpu", {}, str(python)), tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no call that binds a process to cores")
+def test_a_wrong_option_is_not_answered_with_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(workers.MissingError, match=r"no such core; there are \[[\d, ]+\]$"):
+        workers.start(eps.Ep("cpu", {"affinity": (9999,)}), tmp_path)
+
+
 # CUDA and plugins, by a stand-in
 
 
@@ -137,8 +144,9 @@ def test_a_provider_that_refuses_a_file_is_missing_and_the_others_are_measured(f
     feeds = {1: [{"x": X}]}
     found = bench.measure([tmp_path / "refused.onnx"], eps.parse("cpu,cuda"), feeds, seconds=0.01, starts=False)
     assert [row["ep"] for row in found["bench"]] == ["cpu"]
-    assert found["missing"] == [{"ep": "cuda", "reason": "cuda: no such option", "install": ""}]
-    with pytest.raises(ModelError, match="cuda: no such option"):
+    reason = f"{tmp_path / 'refused.onnx'} on cuda: no such option"
+    assert found["missing"] == [{"ep": "cuda", "reason": reason, "install": ""}]
+    with pytest.raises(ModelError, match=r"refused.onnx on cuda: no such option"):
         bench.measure([tmp_path / "refused.onnx"], eps.parse("cuda"), feeds, seconds=0.01, starts=False)
 
 
