@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxslim import timing
+from onnxslim.contract import literal
 
 _WEB = Path(__file__).with_name("web")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -190,7 +191,7 @@ def _pipeline(report: Mapping[str, Any]) -> str:
         stats = {k: v for k, v in entry["stats"].items() if isinstance(v, int | float | str) and v}
         did = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
                         for k, v in stats.items())  # fmt: skip
-        options = ", ".join(f"{k}={v}" for k, v in entry["options"].items() if v is not None)
+        options = ", ".join(f"{k}={literal(v)}" for k, v in entry["options"].items() if v is not None)
         rows.append(
             [
                 Cell(entry["name"]),

@@ -102,6 +102,12 @@ def test_every_section_is_there_when_there_is_something_in_it() -> None:
     assert re.findall(r"<h2>(.*?)</h2>", bare) == ["Summary", "Environment"]
 
 
+def test_options_are_shown_as_they_are_typed() -> None:
+    found = report()
+    found.passes[0]["options"] = {"measure": False, "keep": ["head"], "plan": None}
+    assert "measure=false, keep=[&#x27;head&#x27;]<" in found.to_html()
+
+
 def test_names_from_a_model_cannot_become_markup() -> None:
     evil = "</script><script>alert(1)</script><!--"
     found = report(warnings=[evil])
