@@ -19,16 +19,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import metrics
 from models.data import Sample, read_samples
 from models.packages import ZooError, atomic_folder, cache_root, catalogue
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 HERE = Path(__file__).resolve().parent
 Metric = Callable[[Mapping[str, Any], Mapping[str, Any]], float]
@@ -112,6 +114,8 @@ def fetch(model: Model, *, again: bool = False) -> Path:
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
     """Open a model on the CPU."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -8,6 +8,7 @@ Everything is imported on first use: ``import onnxslim`` itself costs nothing.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from onnxslim.dropin import slim
     from onnxslim.errors import CheckError, DataError, InputError, ModelError, OnnxslimError, UsageError
     from onnxslim.report import Report
+
+# ONNX Runtime as it is distributed reports the models it loads to its makers, from a thread of its own and with an id
+# that it leaves in the home folder. It reads this when it is imported; processes started from here inherit it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _WHERE = {
     "CheckError": "errors",

@@ -22,6 +22,8 @@ from onnxslim.sheet import Column, Row, Sheet, speed_text, tables
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from onnxslim.report import Report
+
 Feeds = Sequence[Mapping[str, np.ndarray]]
 # Passes that a profile takes, the first of which is left out.
 _PROFILED = 9
@@ -160,17 +162,10 @@ class _Lane:
         for variant in self.variants if starts else ():
             # In a process of its own: the peak of memory is that of a process, and later sessions load faster.
             with workers.Process(self.ep, self.process.python, self._folder) as fresh:
-                self._cold.append(
-                    fresh.ask(
-                        "cold", path=variant.path, ep=fresh.request, feeds=self._paths[variant.batch],
-                        threads=variant.threads,
-                    )
-                )  # fmt: skip
+                self._cold.append(self._ask(fresh, "cold", variant, feeds=self._paths[variant.batch]))
         for variant in self.variants:
             if variant.file not in self._placed:
-                placed = self.process.ask(
-                    "placement", path=variant.path, ep=self.process.request, threads=variant.threads
-                )
+                placed = self._ask(self.process, "placement", variant)
                 self._placed[variant.file] = placed
                 provider = self.process.request["provider"]
                 if provider not in placed["providers"]:
@@ -188,6 +183,14 @@ class _Lane:
         self.load_seconds = sum(self._load.pop() + self._first.pop()) / 1e3
         del self._blocks[-1], self._waited[-1]
         return lines
+
+    @staticmethod
+    def _ask(process: workers.Process, do: str, variant: Variant, **more: Any) -> Any:
+        """What `workers.Process.ask` answers about one file, which errors name."""
+        try:
+            return process.ask(do, path=variant.path, ep=process.request, threads=variant.threads, **more)
+        except ModelError as error:
+            raise ModelError(f"{variant.file} on {error}") from error
 
     def block(self, seconds: float, seed: str) -> None:
         """Measure all variants in turn, in new sessions."""
@@ -316,7 +319,8 @@ def run(
     return {**facts, "data": data.origin, "shapes": shown, "threads": list(threads)}
 
 
-def measure_files(
+def report(
+    report: Report,
     original: Path,
     result: Path,
     eps: Sequence[Ep],
@@ -325,10 +329,23 @@ def measure_files(
     *,
     threads: int = 0,
     seed: int = 0,
-) -> dict[str, Any]:
-    """`measure` two files on the same samples."""
+) -> list[str]:
+    """Measure two files on the same samples, and put one entry for each provider into ``report``.
+
+    An entry takes the place of one with the same provider. What could not be measured is returned, and is a warning
+    of the report: the result is there all the same.
+    """
     feeds = list(samples(original, source, shapes, seed).spread(_SAMPLES).feeds())
-    return measure([original, result], eps, {1: feeds}, threads=[threads], seed=seed)
+    try:
+        facts = measure([original, result], eps, {1: feeds}, threads=[threads], seed=seed)
+    except (ModelError, workers.MissingError) as error:
+        report.warnings.append(str(error))
+        return [str(error)]
+    found = entries(facts)
+    again = {entry["ep"] for entry in found}
+    report.bench = [entry for entry in report.bench if entry["ep"] not in again] + found
+    report.warnings += facts["warnings"]
+    return [entry["reason"] for entry in facts["missing"]]
 
 
 def entries(facts: Mapping[str, Any]) -> list[dict[str, Any]]:

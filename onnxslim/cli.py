@@ -189,18 +189,19 @@ def optimize_command(
     )  # fmt: skip
     result.save(target_path, external=True if external_data else None)
     result.report.environment["command"] = shlex.join(["onnxslim", *sys.argv[1:]])
+    missing: list[str] = []
     if providers:
         from onnxslim import bench
 
-        facts = bench.measure_files(source, target_path, providers, calib, shapes, threads=threads, seed=seed)
-        result.report.bench += bench.entries(facts)
-        result.report.warnings += facts["warnings"]
+        missing = bench.report(result.report, source, target_path, providers, calib, shapes, threads=threads, seed=seed)
     if page_to is not None:
         write(page_to, result.report.to_html(f"{source.name} → {target_path.name}"))
     outputs.show(result.report.to_json(), result.report.table())
     if result.exit_code:
         message(f"onnxslim: {result.report.warnings[0]}")
-    return result.exit_code
+    for reason in missing:
+        message(f"onnxslim: {reason}")
+    return result.exit_code or int(bool(missing))
 
 
 def _views(command: Any) -> Any:

@@ -31,7 +31,10 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class NodeCost:
-    """One node: output shape (None when unknown), parameters and weight bytes that it is first to use, MACs."""
+    """One node: output shape (None when unknown), parameters and weight bytes that it is first to use, MACs.
+
+    Who uses a weight that is stored as integers is the node behind its DequantizeLinear.
+    """
 
     name: str
     op_type: str
@@ -212,7 +215,8 @@ class _Counter:
         return sum(self._node(node) for node in graph)
 
     def _node(self, node: ir.Node) -> int:
-        fresh = [v for v in dict.fromkeys(_weights(node)) if v not in self._seen]
+        used = [] if _only_decodes(node) else [w for n in (node, *_decoders(node)) for w in _weights(n)]
+        fresh = [v for v in dict.fromkeys(used) if v not in self._seen]
         self._seen.update(fresh)
         macs: int | None = 0
         rule = _rule(node)
@@ -276,6 +280,17 @@ def _weights(node: ir.Node) -> list[ir.Value]:
             continue
         found.append(value)
     return found
+
+
+def _only_decodes(node: ir.Node) -> bool:
+    """True for a DequantizeLinear of a weight that another node reads."""
+    stored = node.inputs[0] if node.op_type == "DequantizeLinear" and node.inputs else None
+    return stored is not None and stored.const_value is not None and bool(node.outputs[0].uses())
+
+
+def _decoders(node: ir.Node) -> list[ir.Node]:
+    producers = [value.producer() for value in node.inputs if value is not None]
+    return [producer for producer in producers if producer is not None and _only_decodes(producer)]
 
 
 def _elements(value: ir.Value) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxslim import timing
+from onnxslim.contract import literal
 
 _WEB = Path(__file__).with_name("web")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -24,6 +25,10 @@ _MEASURES = {
     "bits": "bits of a stored weight",
     "channels": "channels kept",
 }
+# Columns above which a table is set smaller.
+_WIDE = 8
+# Characters above which the name of a row is broken on a narrow screen.
+_NAME = 16
 
 
 class Cell:
@@ -35,10 +40,11 @@ class Cell:
         self.mark = mark
         self.raw = raw
 
-    def html(self, tag: str = "td") -> str:
-        """As an element."""
-        classes = " ".join(filter(None, ("number" if self.value is not None else "", self.mark)))
-        attributes = f' class="{classes}"' if classes else ""
+    def html(self, tag: str = "td", attributes: str = "") -> str:
+        """As an element, which has ``attributes`` too."""
+        name = "name" if tag == "th" and len(self.text) > _NAME else ""
+        classes = " ".join(filter(None, ("number" if self.value is not None else "", name, self.mark)))
+        attributes += f' class="{classes}"' if classes else ""
         if self.value is not None:
             attributes += f' data-value="{self.value!r}"'
         attributes += ' scope="row"' if tag == "th" else ""
@@ -53,23 +59,41 @@ def _number(value: float | None, form: str = ",") -> Cell:
     return Cell("") if value is None else Cell(format(value, form), float(value))
 
 
-def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = True) -> str:
+def _head(text: str) -> str:
+    """A heading whose arrow is also there for who hears it."""
+    arrow = '<span aria-hidden="true">→ </span><span class="hidden">result: </span>'
+    return _text(text.removeprefix("→ ")) if not text.startswith("→ ") else arrow + _text(text.removeprefix("→ "))
+
+
+def _table(
+    caption: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = True, stack: bool = False
+) -> str:
+    """A table; with ``stack`` each row is a paragraph of its own where the screen is narrow."""
+
+    def role(name: str) -> str:  # laid out in another way, elements lose the roles they have by themselves
+        return f' role="{name}"' if stack else ""
+
     lines = [list(row) for row in rows]
     right = [any(row[k].value is not None for row in lines) for k in range(len(heads))]
     titles = "".join(
-        f'<th scope="col"{" class=number" if number else ""}>{_text(head)}</th>'
+        f'<th scope="col"{role("columnheader")}{" class=number" if number else ""}>{_head(head)}</th>'
         for head, number in zip(heads, right, strict=True)
     )
+    labels = [f' data-label="{_text(head)}"' if stack else "" for head in heads]
     body = "".join(
-        f"<tr>{row[0].html('th')}{''.join(cell.html() for cell in row[1:])}"
+        f"<tr{role('row')}>{row[0].html('th', role('rowheader'))}"
+        f"{''.join(cell.html('td', role('cell') + label) for cell, label in zip(row[1:], labels[1:], strict=True))}"
         "</tr>\n"
         for row in lines
-    )  # fmt: skip
-    kind = ' class="sortable"' if sortable and len(lines) > 1 else ""
-    head = f"<thead><tr>{titles}</tr></thead>\n" if any(heads) else ""
+    )
+    kinds = {"sortable": sortable and len(lines) > 1, "stack": stack, "wide": len(heads) > _WIDE}
+    kind = " ".join(name for name, wanted in kinds.items() if wanted)
+    group = role("rowgroup")
+    head = f"<thead{group}><tr{role('row')}>{titles}</tr></thead>\n" if any(heads) else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}"><table{kind}>'
-        f"<caption>{_text(caption)}</caption>\n{head}<tbody>\n{body}</tbody></table></div>\n"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}">'
+        f'<table{role("table")} class="{kind}">'
+        f"<caption>{_text(caption)}</caption>\n{head}<tbody{group}>\n{body}</tbody></table></div>\n"
     )
 
 
@@ -98,13 +122,18 @@ def headline(report: Mapping[str, Any]) -> str:
         parts.append(said)
     before, after = report["before"]["bytes"], report["after"]["bytes"]
     change = (after - before) / before if before else 0.0
-    parts.append("same size" if not change else f"{abs(change):.1%} {'smaller' if change < 0 else 'larger'}")
+    # A change that would round to nothing is told in bytes.
+    size = f"{abs(change):.1%}" if abs(change) >= 0.0005 else f"{abs(after - before):,} bytes"
+    parts.append("same size" if not change else f"{size} {'smaller' if change < 0 else 'larger'}")
     metric = report.get("metric")
     if metric is not None:
         parts.append(f"{metric['name']} {metric['before']:.4f} → {metric['after']:.4f}")
     elif report.get("fidelity"):
-        worst = max((o["relative_l2"] or 0.0 for o in report["fidelity"]["outputs"]), default=0.0)
-        parts.append(f"outputs within {worst:.1e} (relative L2) of the original's")
+        errors = [o["relative_l2"] for o in report["fidelity"]["outputs"]]
+        if None in errors:
+            parts.append("how far the outputs are from the original's is unknown")
+        else:
+            parts.append(f"outputs within {max(errors, default=0.0):.1e} (relative L2) of the original's")
     text = "; ".join(parts)
     return text[0].upper() + text[1:] + "."
 
@@ -162,7 +191,7 @@ def _pipeline(report: Mapping[str, Any]) -> str:
         stats = {k: v for k, v in entry["stats"].items() if isinstance(v, int | float | str) and v}
         did = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
                         for k, v in stats.items())  # fmt: skip
-        options = ", ".join(f"{k}={v}" for k, v in entry["options"].items() if v is not None)
+        options = ", ".join(f"{k}={literal(v)}" for k, v in entry["options"].items() if v is not None)
         rows.append(
             [
                 Cell(entry["name"]),
@@ -173,7 +202,11 @@ def _pipeline(report: Mapping[str, Any]) -> str:
             ]
         )
     return _table(
-        "Passes in the order they ran", ("pass", "options", "seconds", "did", "left alone"), rows, sortable=False
+        "Passes in the order they ran",
+        ("pass", "options", "seconds", "did", "left alone"),
+        rows,
+        sortable=False,
+        stack=True,
     )
 
 
@@ -198,9 +231,10 @@ def _fidelity(report: Mapping[str, Any]) -> str:
     rows = [
         [
             Cell(entry["output"]),
-            _number(entry["relative_l2"], ".1e"),
-            _number(entry["max_abs"], ".1e"),
-            _number(entry["cosine"], ".6f"),
+            *(
+                Cell("unknown") if entry[key] is None else _number(entry[key], form)
+                for key, form in (("relative_l2", ".1e"), ("max_abs", ".1e"), ("cosine", ".6f"))
+            ),
             _number(entry["top1_agreement"], ".1%"),
         ]
         for entry in found["outputs"]
@@ -280,7 +314,7 @@ def page(report: Mapping[str, Any], title: str = "onnxslim report") -> str:
         sections.append(("Pipeline", _pipeline(report)))
     if report["bench"]:
         sections.append(("Latency", _latency(report)))
-    if len(details.get("models", ())) > 1:
+    if len([m for m in details.get("models", ()) if m["quality"] is not None]) > 1:
         sections.append(("Quality and latency", _pareto(details)))
     if report.get("fidelity"):
         sections.append(("Fidelity", _fidelity(report)))

@@ -22,6 +22,8 @@ from onnxslim.eps import PACKAGES, Ep
 from onnxslim.eps import PROVIDERS as PROVIDERS
 from onnxslim.errors import ModelError, UsageError
 
+worker.mute(ort)
+
 # Above this many bytes of weights a session reads them from disk: it would keep a serialized copy for as long as it
 # lives, and parse another one while it is made.
 IN_MEMORY = 32_000_000

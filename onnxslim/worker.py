@@ -57,6 +57,15 @@ def _other_float(array: Any, kind: Any) -> bool:
     return isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.dtype != kind
 
 
+def mute(ort: Any) -> None:
+    """Have ONNX Runtime report nothing more about models, unless the environment says that it may.
+
+    Where it was imported before onnxslim, and on Windows, the variable alone comes too late or is not read.
+    """
+    if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":
+        ort.disable_telemetry_events()
+
+
 class Session:
     """One model on one execution provider; ``session(k)`` runs it once on sample k, cyclically."""
 
@@ -90,22 +99,23 @@ class Session:
     def _bind(self, path: str, threads: int) -> None:
         """Put the inputs on the device; with a captured graph the outputs too get one address for good."""
         device, ort = str(self.ep["bind"]), self.ort
+        index = device_index(self.ep)
         graph = bool(self.ep.get("graph"))
         fixed: list[Any] = []
         if graph:
             # Captured work reads and writes the addresses of its capture: sizes come from a session without one.
             plain = {**self.ep, "graph": False, "bind": None}
             sizes = Session(path, plain, self.feeds[:1], threads).session.run(None, self.feeds[0])
-            fixed = [ort.OrtValue.ortvalue_from_numpy(array, device, 0) for array in sizes]
+            fixed = [ort.OrtValue.ortvalue_from_numpy(array, device, index) for array in sizes]
         for feed in self.feeds[:1] if graph else self.feeds:
             binding = self.session.io_binding()
             for name, array in feed.items():
-                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, index))
             for position, name in enumerate(self.outputs):
                 if graph:
                     binding.bind_ortvalue_output(name, fixed[position])
                 else:
-                    binding.bind_output(name, device, 0)
+                    binding.bind_output(name, device, index)
             self._bound.append(binding)
         self._call = self._on_device
 
@@ -157,6 +167,7 @@ class Worker:
         import onnxruntime as ort
 
         self.ort = ort
+        mute(ort)
         ort.set_default_logger_severity(4)
         self._registered: dict[str, str] = {}  # provider by library
 
@@ -325,8 +336,13 @@ def peak_memory() -> int | None:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
+def device_index(ep: Mapping[str, Any]) -> int:
+    """Which of several devices of its kind the provider runs on."""
+    return int(ep.get("options", {}).get("device_id", 0))
+
+
 def device_memory(ep: Mapping[str, Any]) -> int | None:
-    """Bytes in use on the first NVIDIA device, by its management library; None elsewhere or without it."""
+    """Bytes in use on the NVIDIA device, by its management library; None elsewhere or without it."""
     if ep.get("bind") != "cuda":
         return None
 
@@ -338,8 +354,7 @@ def device_memory(ep: Mapping[str, Any]) -> int | None:
     except OSError:
         return None
     handle, memory = ctypes.c_void_p(), Memory()
-    index = int(ep.get("options", {}).get("device_id", 0))
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)):
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(device_index(ep), ctypes.byref(handle)):
         return None
     return None if library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) else int(memory.used)
 

@@ -26,6 +26,10 @@ class MissingError(UsageError):
     """No interpreter at hand has the execution provider."""
 
 
+class RefusedError(ModelError):
+    """A worker has the execution provider, and says what is wrong with what it was asked."""
+
+
 class Process:
     """A running worker for one execution provider.
 
@@ -78,7 +82,8 @@ class Process:
             raise ModelError(f"{self.ep.label}: {self._died()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise ModelError(f"{self.ep.label}: {answer['error']}")
+            kind = RefusedError if answer["kind"] == "ValueError" else ModelError
+            raise kind(f"{self.ep.label}: {answer['error']}")
         return answer["ok"]
 
     def _died(self) -> str:
@@ -112,22 +117,25 @@ def start(ep: Ep, folder: Path) -> Process:
     """A worker in the first interpreter that has ``ep``.
 
     Raises:
-        MissingError: none has it; the message says what brings it.
+        MissingError: none has it; the message says what brings it, where that would help.
     """
-    reasons = []
+    reasons, lacking = [], False
     for python in ep.pythons():
         try:
             process = Process(ep, python, folder)
         except (ModelError, UsageError) as error:
             reasons.append(str(error))
+            lacking |= not isinstance(error, RefusedError)
             continue
+        lacking = True
         if process.facts["available"]:
             return process
         version = process.facts["version"]
         process.close()
         name = process.request["provider"] or ep.name
         reasons.append(f"onnxruntime {version} of {python} has no {name}")
-    raise MissingError(f"{ep.name} cannot be measured: {'; '.join(reasons)}; install it with: {ep.install_line()}")
+    hint = f"; install it with: {ep.install_line()}" if lacking else ""
+    raise MissingError(f"{ep.name} cannot be measured: {'; '.join(reasons)}{hint}")
 
 
 def write_feeds(feeds: Sequence[Mapping[str, np.ndarray]], folder: Path, name: str) -> list[str]:

@@ -21,6 +21,10 @@ def set_default_logger_severity(level):
     pass
 
 
+def disable_telemetry_events():
+    pass
+
+
 def preload_dlls():
     log("preload_dlls")
 
@@ -71,7 +75,7 @@ class Binding:
         log("input", name)
 
     def bind_output(self, name, device, index):
-        log("output", name, device)
+        log("output", name, device, index)
 
     def bind_ortvalue_output(self, name, value):
         log("output-value", name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -103,3 +104,31 @@ def test_the_wheel_holds_onnxslim_and_nothing_else(tmp_path: Path) -> None:
     assert {"onnxslim/py.typed", "onnxslim/cli.py", "onnxslim/worker.py", "onnxslim/passes/__init__.py"} <= set(names)
     assert {f"onnxslim/web/{p.name}" for p in (ROOT / "onnxslim" / "web").iterdir()} <= set(names)
     assert not [name for name in names if name.endswith((".onnx", ".npz"))]
+
+
+@pytest.mark.parametrize("first", ["onnxslim", "models.zoo"])
+def test_onnx_runtime_keeps_no_id_of_this_machine_and_reports_no_model(first: str, tiny: Path, tmp_path: Path) -> None:
+    """It neither leaves an id in the home folder nor has a thread that sends, in this process and in workers."""
+    code = (
+        f"import {first}, onnxslim.bench, onnxslim.eps, numpy, pathlib\n"
+        "path = pathlib.Path({!r})\n"
+        "x = numpy.zeros((1, 2, 8, 8), numpy.float32)\n"
+        "onnxslim.optimize(path, 'simplify', bench=False)\n"
+        "onnxslim.bench.measure([path], onnxslim.eps.parse('cpu'), {{1: [{{'x': x}}]}}, seconds=0.1, starts=False)\n"
+    ).format(str(tiny))
+    # It is silent where tests run on their own, and where the variable that tells it so is inherited.
+    unwanted = {"CI", "GITHUB_ACTIONS", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS"}
+    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
+    environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "home").mkdir()
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=tmp_path)
+    assert not list((tmp_path / "home").rglob("*"))
+
+
+def test_whoever_wants_onnx_runtime_to_report_can_have_it() -> None:
+    code = "import os, onnxslim; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    for given, kept in (("0", "0"), (None, "1")):
+        environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+        environment |= {} if given is None else {"ORT_DISABLE_TELEMETRY": given}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == kept

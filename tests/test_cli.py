@@ -273,6 +273,21 @@ def test_report_as_a_page(run: Run, tiny: Path, passes: dict[str, Any]) -> None:
     run(tiny, "out.onnx", "--bench-ep", "tpu", code=2)
 
 
+@pytest.mark.parametrize("eps", ["cpu,cuda", "cuda"])
+def test_a_provider_that_is_missing_costs_neither_the_result_nor_the_report(
+    run: Run, tiny: Path, passes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, eps: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny.parent / "nothing prepared"))
+    report = json.loads(
+        run(tiny, "out.onnx", "--passes", "keep", "--bench-ep", eps, "--report", "r.html", "--json", code=1)
+    )
+    assert "doctor --setup cuda" in run.err and "doctor --setup cuda" in Path("r.html").read_text()
+    assert any("doctor --setup cuda" in line for line in report["warnings"])
+    (entry,) = report["bench"]  # measured once more, "cpu" is not there twice
+    assert entry["ep"] == "cpu" and ("cold" in entry) == (eps != "cuda")
+    assert Path("out.onnx").exists()
+
+
 def test_passes(run: Run, passes: dict[str, Any]) -> None:
     text = run("passes")
     assert "keep" in text

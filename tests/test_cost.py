@@ -141,7 +141,20 @@ def test_scales_and_zero_points_are_no_parameters() -> None:
             y = Gemm(x, d, c)
         }
     """)
-    assert cost.parameters(model_io.load(proto)) == 4 + 2
+    counted = cost.analyze(model_io.load(proto))
+    assert counted.parameters == 4 + 2
+    # They belong to the node that computes with them, not to those that decode them.
+    assert [(row.op_type, row.parameters, row.bytes) for row in counted.table] == [
+        ("DequantizeLinear", 0, 0), ("DequantizeLinear", 0, 0), ("Gemm", 6, 4 + 8),
+    ]  # fmt: skip
+
+
+def test_a_stored_weight_that_nothing_reads_still_counts() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g () => (float[2] y) <int8[2] w = {1, 2}, float s = {1}> { y = DequantizeLinear(w, s) }
+    """)
+    assert cost.parameters(model_io.load(proto)) == 2
 
 
 def test_symbolic_dimensions_come_from_the_sample_else_one() -> None:

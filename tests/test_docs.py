@@ -31,7 +31,9 @@ PAGES = [*DOCS, ROOT / "README.md"]
 
 
 def _blocks(path: Path, kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    # All in one go: what closes a block would begin one without a kind.
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == kind]
 
 
 def _script(name: str) -> Any:
@@ -70,11 +72,40 @@ def test_the_reference_shows_every_public_name_and_each_has_a_docstring(tmp_path
     assert reference.main([]) == 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def _anchors(page: Path) -> set[str]:
+    """What links may name behind ``#``: headings as GitHub turns them into names."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        assert not anchor or anchor in _anchors(there), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_code_block_is_of_a_kind_that_a_test_runs(page: Path) -> None:
+    fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
+    assert len(fences) % 2 == 0 and not any(fences[1::2])
+    # Python is run by test_readme.py, and the recipe below.
+    run = {
+        "sh",
+        "",
+        *({"python"} if page.parent == ROOT else ()),
+        *({"toml"} if page.name == "recipes.md" else ()),
+    }
+    assert set(fences[::2]) <= run
+    lines = [line for kind in ("sh", "") for block in _blocks(page, kind) for line in block.splitlines()]
+    begin = ("pip install . && onnxslim ", 'pip install -e ".[test]" && pytest')  # run by .ci/run
+    assert not [line for line in lines if not line.startswith(("onnxslim ", *begin))]
+    for script in re.findall(r"python ([\w/]+\.py)", page.read_text()):
+        assert (ROOT / script).is_file(), script
 
 
 def _commands() -> list[str]:

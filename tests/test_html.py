@@ -102,6 +102,12 @@ def test_every_section_is_there_when_there_is_something_in_it() -> None:
     assert re.findall(r"<h2>(.*?)</h2>", bare) == ["Summary", "Environment"]
 
 
+def test_options_are_shown_as_they_are_typed() -> None:
+    found = report()
+    found.passes[0]["options"] = {"measure": False, "keep": ["head"], "plan": None}
+    assert "measure=false, keep=[&#x27;head&#x27;]<" in found.to_html()
+
+
 def test_names_from_a_model_cannot_become_markup() -> None:
     evil = "</script><script>alert(1)</script><!--"
     found = report(warnings=[evil])
@@ -122,6 +128,25 @@ def test_faster_is_said_when_the_interval_says_so(interval: list[float], said: s
     found = report()
     found.bench[0]["interval"] = interval
     assert said in html.headline(found.to_dict())
+
+
+def test_what_is_not_known_is_said_to_be_unknown() -> None:
+    found = report(metric=None)
+    assert found.fidelity is not None and found.details is not None
+    found.fidelity["outputs"][0] |= {"relative_l2": None, "cosine": None}
+    for model in found.details["models"]:
+        model["quality"] = None
+    text = found.to_html()
+    assert "how far the outputs are from the original&#x27;s is unknown" in text and "<td>unknown</td>" in text
+    assert "within 0.0" not in text and "Quality and latency" not in text, "no plot without a point"
+
+
+def test_a_small_change_of_the_size_is_told_in_bytes() -> None:
+    found = report()
+    found.after["bytes"] = found.before["bytes"] = 1_000_000
+    assert "same size" in html.headline(found.to_dict())
+    found.after["bytes"] += 76
+    assert "76 bytes larger" in html.headline(found.to_dict())
 
 
 def test_a_notebook_shows_the_summary_without_scripts(tiny: Path) -> None:
@@ -188,6 +213,28 @@ def test_plots_are_drawn_without_a_message_or_a_request(
 
 
 @needs_browser
+def test_on_a_phone_names_are_told_apart_and_what_matters_needs_no_scrolling(browser: Browser, tmp_path: Path) -> None:
+    found = report()
+    assert found.details is not None
+    names = [f"/stages.{k}/blocks.0/depthwise_convolution/Conv" for k in range(12)]
+    for row, name in zip(found.details["layers"], names, strict=True):
+        row["layer"] = name
+    found.before["macs"] = found.after["macs"] = 385_187_552
+    browser.size(390, mobile=True)
+    browser.open(_page(tmp_path, found))
+    shown = browser.run("[...document.querySelectorAll('figure[data-plot=layers] svg text')].map(t => t.textContent)")
+    assert set(names) <= set(shown)
+    for caption in ("Before and after", "Passes in the order they ran"):
+        region = f"document.querySelector('.scroll[aria-label=\"{caption}\"]')"
+        assert browser.run(f"{region}.scrollWidth <= {region}.clientWidth"), caption
+    # Rows laid out as paragraphs are still rows of a table to who hears them.
+    tree = browser.call("Accessibility.getFullAXTree")["nodes"]
+    said = {(n["role"]["value"], n.get("name", {}).get("value")) for n in tree if "role" in n}
+    assert {("rowheader", "prune"), ("columnheader", "left alone"), ("columnheader", "result: ms")} <= said
+    browser.size(1200)
+
+
+@needs_browser
 def test_tables_sort_by_mouse_and_keyboard_and_say_so(browser: Browser, tmp_path: Path) -> None:
     browser.open(_page(tmp_path, report()))
     table = (
@@ -217,6 +264,8 @@ def test_a_choice_redraws_the_plot(browser: Browser, tmp_path: Path) -> None:
     browser.run(f"{figure}.querySelector('select').dispatchEvent(new Event('change'))")
     after = browser.run(f"{figure}.querySelector('svg').outerHTML")
     assert after != before and "bits of a stored weight" in after
+    label = browser.run(f"{figure}.querySelector('svg').getAttribute('aria-label')")
+    assert label == "What each layer costs: bits of a stored weight"
 
 
 @needs_browser

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,12 +60,27 @@ def test_what_fails_in_a_worker_is_said_and_the_worker_lives(cpu: workers.Proces
     assert cpu.ask("hello", ep=cpu.request)["available"]
 
 
+def test_a_runtime_that_was_imported_first_is_muted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    muted: list[bool] = []
+    stand_in = SimpleNamespace(disable_telemetry_events=lambda: muted.append(True))
+    for value, wanted in (("0", []), ("1", [True])):
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", value)
+        worker.mute(stand_in)
+        assert muted == wanted
+
+
 def test_an_interpreter_without_onnxruntime_is_missing(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 3\n")
     python.chmod(0o755)
     with pytest.raises(workers.MissingError, match=r"ended with code 3.*; install it with: .*pip install onnxruntime"):
         workers.start(eps.Ep("cpu", {}, str(python)), tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no call that binds a process to cores")
+def test_a_wrong_option_is_not_answered_with_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(workers.MissingError, match=r"no such core; there are \[[\d, ]+\]$"):
+        workers.start(eps.Ep("cpu", {"affinity": (9999,)}), tmp_path)
 
 
 # CUDA and plugins, by a stand-in
@@ -87,11 +104,11 @@ def _block(ep: str, folder: Path, name: str = "m.onnx") -> None:
 
 
 def test_cuda_binds_inputs_and_outputs_and_synchronizes_every_pass(fake: Path, tmp_path: Path) -> None:
-    _block("cuda(device=0)", tmp_path)
+    _block("cuda(device=1)", tmp_path)
     lines = fake.read_text().splitlines()
     assert lines[0] == "preload_dlls"
-    assert "('CUDAExecutionProvider', {'device_id': '0'}), 'CPUExecutionProvider'" in lines[1]
-    assert lines[2:5] == ["value [1, 2, 8, 8] cuda 0", "input x", "output y cuda"]
+    assert "('CUDAExecutionProvider', {'device_id': '1'}), 'CPUExecutionProvider'" in lines[1]
+    assert lines[2:5] == ["value [1, 2, 8, 8] cuda 1", "input x", "output y cuda 1"]
     runs = [line for line in lines if line in ("run", "run-bound", "synchronize")]
     assert len(runs) > 8
     assert runs == ["run-bound", "synchronize"] * (len(runs) // 2)
@@ -127,8 +144,9 @@ def test_a_provider_that_refuses_a_file_is_missing_and_the_others_are_measured(f
     feeds = {1: [{"x": X}]}
     found = bench.measure([tmp_path / "refused.onnx"], eps.parse("cpu,cuda"), feeds, seconds=0.01, starts=False)
     assert [row["ep"] for row in found["bench"]] == ["cpu"]
-    assert found["missing"] == [{"ep": "cuda", "reason": "cuda: no such option", "install": ""}]
-    with pytest.raises(ModelError, match="cuda: no such option"):
+    reason = f"{tmp_path / 'refused.onnx'} on cuda: no such option"
+    assert found["missing"] == [{"ep": "cuda", "reason": reason, "install": ""}]
+    with pytest.raises(ModelError, match=r"refused.onnx on cuda: no such option"):
         bench.measure([tmp_path / "refused.onnx"], eps.parse("cuda"), feeds, seconds=0.01, starts=False)
 
 

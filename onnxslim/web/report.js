@@ -36,27 +36,35 @@
   const tail = (text, most) => (text.length > most ? "…" + text.slice(1 - most) : text);
   const narrow = (width) => width < 600;
 
-  function rows(width, names) {
-    const most = narrow(width) ? 16 : 44;
-    const longest = Math.max(0, ...names.map((name) => Math.min(most, name.length)));
-    return { width, style, marginLeft: 16 + 7.6 * longest, marginRight: 24, marginBottom: 40, y: { label: null, tickFormat: (d) => tail(d, most) } };
-  }
-
-  // One bar inside the other: wide for the original, narrow for the result.
+  // One bar inside the other: wide for the original, narrow for the result. Names stand in front of the bars, and above
+  // them where the screen is narrow: what tells names apart would not fit beside a bar.
   function bars(width, items, first, second, label, form) {
-    const names = items.map((d) => d.layer);
-    const base = rows(width, names);
+    const above = narrow(width) ? 20 : 0;
+    const most = above ? Math.floor((width - 16) / 7.6) : 44;
+    const longest = Math.max(0, ...items.map((d) => Math.min(most, d.layer.length)));
+    const bar = (value, fill, inset) => Plot.barX(items.filter((d) => value(d) != null), { x: value, y: "layer", fill, insetTop: above + inset, insetBottom: inset });
     return Plot.plot({
-      ...base,
-      height: 70 + 26 * items.length,
+      width, style, height: 70 + (26 + above) * items.length, marginRight: 24, marginBottom: 40,
+      marginLeft: above ? 8 : 16 + 7.6 * longest,
       x: { label, grid: true, nice: true, ticks: Math.max(3, Math.round(width / 130)), tickFormat: form },
-      y: { ...base.y, domain: names },
+      y: { label: null, domain: items.map((d) => d.layer), axis: above ? null : "left", tickFormat: (d) => tail(d, most) },
       marks: [
-        Plot.barX(items.filter((d) => first(d) != null), { x: first, y: "layer", fill: before, insetTop: 2, insetBottom: 2 }),
-        Plot.barX(items.filter((d) => second(d) != null), { x: second, y: "layer", fill: after, insetTop: 8, insetBottom: 8 }),
-        Plot.ruleX([0]),
+        bar(first, before, 2), bar(second, after, 8), Plot.ruleX([0]),
+        above ? Plot.text(items, { x: 0, y: "layer", text: (d) => tail(d.layer, most), textAnchor: "start", dx: 3, dy: -11 }) : null,
       ],
     });
+  }
+
+  // Models that a label fits beside, those of the front first: none lies where the label of another one begins.
+  function apart(models, front, width) {
+    const wide = d3.max(models, (d) => d.ms) || 1, [low, high] = d3.extent(models, (d) => d.quality);
+    const place = (d) => [(d.ms / wide) * (width - 200), ((d.quality - low) / (high - low || 1)) * 240];
+    const kept = [];
+    for (const d of [...models].sort((a, b) => (b === models[0]) - (a === models[0]) || front.includes(b) - front.includes(a))) {
+      const [x, y] = place(d);
+      if (kept.every((k) => Math.abs(place(k)[0] - x) > 110 || Math.abs(place(k)[1] - y) > 16)) kept.push(d);
+    }
+    return kept;
   }
 
   const draw = {
@@ -100,7 +108,7 @@
         marks: [
           Plot.lineY(front, { x: "ms", y: "quality", stroke: after, strokeWidth: 2, curve: "step-after" }),
           Plot.dot(models, { x: "ms", y: "quality", r: 6, fill: (d) => (front.includes(d) ? after : before) }),
-          Plot.text(models.filter((d) => d.name === "original" || (front.includes(d) && d.ms < 0.9 * models[0].ms)), { x: "ms", y: "quality", text: (d) => tail(d.name, narrow(width) ? 14 : 30), dx: 10, dy: -8, textAnchor: "start" }),
+          Plot.text(apart(models, front, width), { x: "ms", y: "quality", text: (d) => tail(d.name, narrow(width) ? 14 : 30), dx: 10, dy: -8, textAnchor: "start" }),
         ],
       });
     },
@@ -148,7 +156,8 @@
       const choice = Object.fromEntries(selects.map((s) => [s.name, s.value]));
       const plot = draw[figure.dataset.plot](Math.min(width, 1100), choice);
       plot.setAttribute("role", "img");
-      plot.setAttribute("aria-label", figure.querySelector("figcaption").textContent);
+      const shown = selects.map((s) => s.selectedOptions[0].textContent);
+      plot.setAttribute("aria-label", [figure.querySelector("figcaption").textContent, ...shown].join(": "));
       place.replaceChildren(plot);
     };
     for (const select of selects) select.addEventListener("change", paint);
