@@ -169,6 +169,55 @@ def test_what_the_mean_shifts_away_goes_too() -> None:
     assert onnx.helper.get_node_attr_value(found, "epsilon") == pytest.approx(1e-5 / 9, rel=1e-5)
 
 
+HOMOGENEOUS = {
+    "length": ["l = ReduceL2 x", "y = Div x l"],
+    "root of the squares": ["q = Mul x x", "v = ReduceMean q", "e = Add v eps", "s = Sqrt e", "y = Div x s"],
+    "half the mean": ["m = ReduceMean x", "h = Mul m half", "d = Sub x h", "q = Mul d d", "v = ReduceMean q",
+                      "e = Add v eps", "s = Sqrt e", "y = Div d s"],
+    "the mean back": ["m = ReduceMean x", "d = Sub x m", "q = Mul d d", "v = ReduceMean q", "s = Sqrt v",
+                      "n = Div d s", "o = Div m s", "y = Add n o"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, C), (1, 1, C), (4, C)])
+@pytest.mark.parametrize("what", HOMOGENEOUS)
+def test_one_row_of_data_is_no_reason_to_take_another_function_for_it(what: str, shape: tuple[int, ...]) -> None:
+    """At one point, a scale for each element makes every one of them the same."""
+    nodes = []
+    for line in HOMOGENEOUS[what]:
+        result, op, *operands = line.replace("= ", "").split()
+        nodes.append(node(op, " ".join(operands), result, **({"axes": [-1]} if op.startswith("Reduce") else {})))
+    model = net(nodes, {"x": shape}, {"eps": np.float32(1e-5), "half": np.float32(0.5)}, {"y": shape}, opset=17)
+    assert operators(fused(model)) == operators(model)
+
+
+def test_a_constant_that_repeats_the_data_stays() -> None:
+    """Of one row it would make two, all alike."""
+    model = norm(shape=("n", C), bias=(2, C))
+    bias = next(t for t in model.graph.initializer if t.name == "bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.tile(normal(1, C), (2, 1)), "bias"))
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    assert operators(fused(model, normal(1, C))) == ["LayerNormalization", "Add"]
+
+
+@pytest.mark.parametrize(("there", "found"), [(TensorProto.DOUBLE, True), (TensorProto.FLOAT16, False)])
+def test_a_type_with_fewer_digits_is_meant(there: int, found: bool) -> None:
+    model = norm(scale=None, bias=None)
+    for item in model.graph.node:
+        item.input[:] = ["t" if name == "x" else name for name in item.input]
+        item.output[:] = ["z" if name == "y" else name for name in item.output]
+    model.graph.node.insert(0, node("Cast", "x", "t", to=there))
+    model.graph.node.append(node("Cast", "z", "y", to=TensorProto.FLOAT))
+    for array in model.graph.initializer:
+        array.CopyFrom(
+            onnx.numpy_helper.from_array(
+                onnx.numpy_helper.to_array(array).astype(onnx.helper.tensor_dtype_to_np_dtype(there)), array.name
+            )
+        )
+    assert (operators(apply(model, "fuse")[0]) == ["LayerNormalization"]) == found
+
+
 def edited(change: str) -> onnx.ModelProto:
     """A layer normalization with something about it that makes it another function."""
     model = norm(shape=(2, C, C) if change == "other axis" else SHAPE)
