@@ -163,11 +163,12 @@ def _fit(cone: Cone, kind: Kind, sizes: tuple[int, ...], axis: int) -> Fit | Non
         epsilon = 0.0 if abs(epsilon) < 1e-16 else epsilon
         if not 0 <= epsilon < 1 or not np.all(np.isfinite(bias)):
             return None
-        for factor in (HUGE, 1.0, 1e-2, 1e-3):
+        # Down to where eps is as large as the variance, and to rows without any, of which no eps makes no number.
+        for factor in (HUGE, 1.0, 1e-2, 1e-3, math.sqrt(epsilon), 0.0):
             want = _at(cone, factor * data)
             got = normalize(factor * data, reduced, epsilon, kind.centred) * scale + bias
-            if want is None or not np.all(
-                np.abs(want - got) <= tolerance(factor) * max(1.0, float(np.abs(want).max()))
+            if want is None or not np.allclose(
+                got, want, rtol=0, atol=tolerance(factor) * np.nanmax(np.abs(want), initial=0), equal_nan=True
             ):
                 return None
     if np.all(np.abs(bias) <= CLOSE * np.abs(scale).max()):

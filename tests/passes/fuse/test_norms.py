@@ -176,6 +176,7 @@ HOMOGENEOUS = {
                       "e = Add v eps", "s = Sqrt e", "y = Div d s"],
     "the mean back": ["m = ReduceMean x", "d = Sub x m", "q = Mul d d", "v = ReduceMean q", "s = Sqrt v",
                       "n = Div d s", "o = Div m s", "y = Add n o"],
+    "a tiny root": ["q = Mul x x", "v = ReduceMean q", "e = Add v eps", "s = Sqrt e", "d = Div x s", "y = Mul d tiny"],
 }  # fmt: skip
 
 
@@ -187,7 +188,13 @@ def test_one_row_of_data_is_no_reason_to_take_another_function_for_it(what: str,
     for line in HOMOGENEOUS[what]:
         result, op, *operands = line.replace("= ", "").split()
         nodes.append(node(op, " ".join(operands), result, **({"axes": [-1]} if op.startswith("Reduce") else {})))
-    model = net(nodes, {"x": shape}, {"eps": np.float32(1e-5), "half": np.float32(0.5)}, {"y": shape}, opset=17)
+    model = net(
+        nodes,
+        {"x": shape},
+        {"eps": np.float32(1e-5), "half": np.float32(0.5), "tiny": np.float32(1e-12)},
+        {"y": shape},
+        opset=17,
+    )
     assert operators(fused(model)) == operators(model)
 
 
@@ -224,7 +231,9 @@ def edited(change: str) -> onnx.ModelProto:
     nodes = {n.output[0]: n for n in model.graph.node}
     weights = {t.name: t for t in model.graph.initializer}
     match change:
-        case "eps outside the root":
+        case "eps outside the root" | "eps outside the root that only small data shows":
+            if change != "eps outside the root":
+                weights["eps"].CopyFrom(onnx.numpy_helper.from_array(np.float32(1e-10), "eps"))
             nodes["ve"].op_type, nodes["ve"].input[:] = "Sqrt", ["var"]
             nodes["s"].op_type, nodes["s"].input[:] = "Add", ["ve", "eps"]
         case "power of 2.1":
@@ -240,6 +249,8 @@ def edited(change: str) -> onnx.ModelProto:
             weights["scale"].CopyFrom(onnx.numpy_helper.from_array(normal(2, 1, C), "scale"))
         case "not the mean":
             nodes["mu"].op_type = "ReduceMax"
+        case "eps that only rows of one number show":
+            weights["eps"].CopyFrom(onnx.numpy_helper.from_array(np.float32(1e-30), "eps"))
         case "negative eps":
             weights["eps"].CopyFrom(onnx.numpy_helper.from_array(np.float32(-1e-8), "eps"))
     return model
@@ -249,6 +260,8 @@ def edited(change: str) -> onnx.ModelProto:
     "change",
     [
         "eps outside the root",
+        "eps outside the root that only small data shows",
+        "eps that only rows of one number show",
         "power of 2.1",
         "other axis",
         "two axes",
