@@ -73,7 +73,7 @@ def fuse_norms(work: Work) -> None:
     order: dict[ir.Node, float] = {node: k for k, node in enumerate(work.model.graph.all_nodes())}
     # From the end, so that scale and bias are part of the first cone that is found.
     for node in list(work.nodes())[::-1]:
-        if node.graph is not None and g.is_op(node, "Add", "Sub", "Mul", "Div", "Cast") and node in order:
+        if node.graph is not None and g.is_op(node, "Add", "Sub", "Mul", "Div", "Cast"):
             _fuse_at(work, node, order)
 
 
