@@ -191,9 +191,8 @@ def test_large_constants_are_not_stored_twice(op: str) -> None:
 
 def test_a_bias_that_keeps_its_axis_is_none_of_gemm() -> None:
     """It is too large to be stored a second time."""
-    nodes = [linear(0, "x", "a"), node("Relu", "a", "c"), linear(1, "c", "d"), node("Tanh", "d", "e"),
-             node("MatMul", "e wide", "p"), node("Add", "p long", "y"), node("Concat", "y long", "z", axis=1)]  # fmt: skip
-    model = build(*nodes, outputs=("y", "z"))
+    wide = [node("MatMul", "e wide", "p"), node("Add", "p long", "y"), node("Concat", "y long", "z", axis=1)]
+    model = build(*THREE[:4], *wide, outputs=("y", "z"))
     for name, array in (("wide", normal(8, 1100)), ("long", normal(1, 1, 1100))):
         model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     assert fused(model).count("Gemm") in (0, 2)
@@ -208,8 +207,8 @@ def test_a_part_of_unknown_batch_keeps_its_axis() -> None:
 
 def test_a_view_of_two_unknown_sizes_reads_the_axis() -> None:
     """Its shape cannot be said in numbers."""
-    model = build(*THREE, node("Relu", "y", "s"), linear(3, "s", "u"), node("MatMul", "e col", "f"),
-                  node("Mul", "f z", "q"), node("Squeeze", "q zero", "r"), shape=(1, "n", 8), outputs=("u", "r"))  # fmt: skip
+    view = [node("MatMul", "e col", "f"), node("Mul", "f z", "q"), node("Squeeze", "q zero", "r")]
+    model = build(*THREE, node("Relu", "y", "s"), linear(3, "s", "u"), view, shape=(1, "n", 8), outputs=("u", "r"))
     model.graph.input.append(onnx.helper.make_tensor_value_info("z", TensorProto.FLOAT, (1, 1, "m")))
     result, _ = apply(model, PASSES)
     assert_same(model, result, {"x": X, "z": normal(1, 1, 3)}, 1e-5)
