@@ -27,6 +27,7 @@ WEIGHTS = {
     "channels": normal(32, 1, 1),
     "rows": normal(12, 1),
     "two": np.float32(2),
+    "magic": np.float32([1.5 * 2**23]),
 }
 
 
@@ -80,6 +81,14 @@ def test_a_constant_between_convolutions(nodes: list[onnx.NodeProto]) -> None:
 )
 def test_constants_that_are_copied_anyway_stay(nodes: list[onnx.NodeProto]) -> None:
     assert "BatchNormalization" not in operators(apply(between(*nodes), "fuse")[0])
+
+
+def test_rounding_on_purpose_stays() -> None:
+    """x + 1.5 * 2**23 has no digits behind the point."""
+    model = between(node("Add", "a magic", "r"), node("Sub", "r magic", "b"))
+    result, _ = apply(model, "fuse")
+    assert operators(result) == operators(model)
+    assert_same(model, result, {"x": X}, 1e-6)
 
 
 def test_other_targets_are_left_alone() -> None:
