@@ -110,7 +110,7 @@ def _recognize(cone: Cone, newest: int) -> Fit | None:
     """The normalization that ``cone`` computes, or None."""
     shape, dtype = g.known_shape(cone.leaf), cone.leaf.dtype
     reductions = [node for node in cone.nodes if node.op_type.startswith("Reduce")]
-    if not shape or not reductions or cone.root.dtype is not dtype or dtype not in {ir.DataType.FLOAT, *HALVES}:
+    if not shape or cone.root.dtype is not dtype or dtype not in {ir.DataType.FLOAT, *HALVES}:
         return None
     # Into another type than its own the data goes to be computed with more digits, not to lose some.
     precise = {ir.DataType.FLOAT, ir.DataType.DOUBLE, dtype}
@@ -153,7 +153,7 @@ def _fit(cone: Cone, kind: Kind, sizes: tuple[int, ...], axis: int) -> Fit | Non
         scale = np.sum((above - below) / 2 * unit, same, keepdims=True) / np.sum(unit * unit, same, keepdims=True)
         # Small: (y - bias) = scale centre / sqrt(var + eps).
         small = _at(cone, 1e-3 * data)
-        if small is None or not np.all(np.isfinite(scale)) or not np.any(scale):
+        if small is None:
             return None
         centre = 1e-3 * (data - data.mean(reduced, keepdims=True) if kind.centred else data)
         weight = scale * centre
@@ -161,7 +161,7 @@ def _fit(cone: Cone, kind: Kind, sizes: tuple[int, ...], axis: int) -> Fit | Non
         epsilon = float(np.float32(np.median(1 / gain**2 - np.mean(centre**2, reduced))))
         # What float64 leaves of none.
         epsilon = 0.0 if abs(epsilon) < 1e-16 else epsilon
-        if not 0 <= epsilon < 1 or not np.all(np.isfinite(bias)):
+        if not 0 <= epsilon < 1:  # NaN where scale or bias are
             return None
         # Down to where eps is as large as the variance, and to rows without any, of which no eps makes no number.
         for factor in (HUGE, 1.0, 1e-2, 1e-3, math.sqrt(epsilon), 0.0):

@@ -225,6 +225,64 @@ def test_a_type_with_fewer_digits_is_meant(there: int, found: bool) -> None:
     assert (operators(apply(model, "fuse")[0]) == ["LayerNormalization"]) == found
 
 
+def test_a_mean_that_broadcasts_along_another_axis_is_another_function() -> None:
+    model = norm(shape=(C, C), keepdims=0)
+    assert operators(fused(model)) == operators(model)
+
+
+def test_a_mean_of_everything_stays() -> None:
+    nodes = [node("ReduceMean", "x", "m", keepdims=1), node("Sub", "x m", "d"), node("ReduceL2", "d", "l", keepdims=1)]
+    model = net([*nodes, node("Div", "d l")], {"x": SHAPE}, {}, {"y": SHAPE})
+    assert operators(fused(model)) == operators(model)
+
+
+def test_axes_of_unknown_size_have_no_scale() -> None:
+    model = norm(shape=("n", "s", C), axes=(-2, -1))
+    assert operators(fused(model, normal(2, 3, C))) == operators(model)
+
+
+def test_the_channels_of_images_are_in_front_of_what_is_normalized() -> None:
+    result = fused(norm(shape=(2, 4, 5), axes=(1, 2), scale=None, bias=None))
+    assert operators(result) == ["LayerNormalization"]
+
+
+def test_a_number_of_elements_that_may_not_be_theirs_stays() -> None:
+    """The mean of twelve elements only."""
+    lines = ["s = ReduceSum x axes", "m = Div s twelve", "d = Sub x m", "q = Mul d d", "v = ReduceMean q",
+             "e = Add v eps", "r = Sqrt e", "y = Div d r"]  # fmt: skip
+    nodes = []
+    for line in lines:
+        result, op, *operands = line.replace("= ", "").split()
+        nodes.append(node(op, " ".join(operands), result, **({"axes": [2, 3]} if op == "ReduceMean" else {})))
+    weights = {"axes": np.array([2, 3]), "twelve": np.float32(12), "eps": np.float32(1e-5)}
+    model = net(nodes, {"x": ("n", 4, "h", "w")}, weights, {"y": ("n", 4, "h", "w")})
+    assert operators(fused(model, normal(2, 4, 3, 5))) == operators(model)
+
+
+def test_images_of_half_precision_are_normalized_in_single_precision() -> None:
+    """There is no kernel for the others."""
+    model = norm(shape=("n", 4, "h", "w"), axes=(2, 3), scale=(4, 1, 1), bias=(4, 1, 1), cast=True)
+    result = fused(model, normal(2, 4, 3, 5))
+    assert operators(result) == ["Cast", "InstanceNormalization", "Cast", "Mul", "Add"]
+
+
+def test_data_that_is_cast_stays_what_it_is_cast_to() -> None:
+    model = norm(cast=True, scale=None, bias=None)
+    del model.graph.node[-1]
+    model.graph.node[-1].output[0] = "y"
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    assert operators(fused(model)) == ["Cast", "LayerNormalization"]
+
+
+def test_double_precision_is_left_alone() -> None:
+    model = norm()
+    for array in model.graph.initializer:
+        array.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(array).astype(np.float64), array.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    assert operators(apply(model, "fuse")[0]) == operators(model)
+
+
 def edited(change: str) -> onnx.ModelProto:
     """A layer normalization with something about it that makes it another function."""
     model = norm(shape=(2, C, C) if change == "other axis" else SHAPE)
