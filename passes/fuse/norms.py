@@ -163,8 +163,8 @@ def _fit(cone: Cone, kind: Kind, sizes: tuple[int, ...], axis: int) -> Fit | Non
         epsilon = 0.0 if abs(epsilon) < 1e-16 else epsilon
         if not 0 <= epsilon < 1:  # NaN where scale or bias are
             return None
-        # Down to where eps is as large as the variance, and to rows without any, of which no eps makes no number.
-        for factor in (HUGE, 1.0, 1e-2, 1e-3, math.sqrt(epsilon), 0.0):
+        # Down to where eps is as large as the variance: without any, to rows of one number, which are NaN then.
+        for factor in (HUGE, 1.0, 1e-2, 1e-3, math.sqrt(epsilon)):
             want = _at(cone, factor * data)
             got = normalize(factor * data, reduced, epsilon, kind.centred) * scale + bias
             if want is None or not np.allclose(
