@@ -126,12 +126,12 @@ def test_a_bias_in_a_branch_stays_there() -> None:
         (value,) = item.input
         branches = [
             onnx.helper.make_graph(
-                [node(op, f"{value} b", f"{op}{k}")],
+                [node(op, operands, f"{op}{k}")],
                 op,
                 [],
                 [onnx.helper.make_tensor_value_info(f"{op}{k}", onnx.TensorProto.FLOAT, shape)],
             )
-            for op in ("Add", "Sub")
+            for op, operands in (("Add", f"{value} b"), ("Neg", "x"))
         ]
         item.op_type, item.input[:] = "If", ["taken"]
         item.attribute.extend(
