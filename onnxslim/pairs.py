@@ -106,8 +106,9 @@ def _squeezed_slice(node: ir.Node, before: ir.Node, shapes: Shapes, top: ir.Grap
 
 def _unsqueezed_gather(node: ir.Node, before: ir.Node, shapes: Shapes, top: ir.Graph) -> bool:
     """Gather of a scalar index and Unsqueeze of that axis: Gather of an index vector of one element."""
-    index = constant(before.inputs[1]) if is_op(before, "Gather") else None
-    source = before.inputs[0]
+    if not is_op(before, "Gather"):
+        return False
+    source, index = before.inputs[0], constant(before.inputs[1])
     shape, result = shapes.shape(source), shapes.shape(node.outputs[0])
     if index is None or index.ndim or source is None or shape is None:
         return False

@@ -9,6 +9,7 @@ constants of patterns that ONNX Runtime fuses.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -23,15 +24,14 @@ def merge_chains(work: Work) -> None:
     """Shorten every run of elementwise nodes with constants."""
     apart: set[ir.Node] = set()  # nodes that round on purpose: none of them starts or continues a run
     for node in work.nodes():
-        chain = _run(work, node, apart)
-        if chain is None:
-            continue
         # The longest part that can be merged, from the front; the rest is seen when its own first node comes.
-        while chain is not None and not _merge(work, chain):
-            chain = _compose(work, chain.nodes[:-1])
+        parts = list(itertools.accumulate(_run(work, node, apart), Affine.then))
+        for part in reversed(parts):
+            if _merge(work, part):
+                break
 
 
-def _run(work: Work, node: ir.Node, apart: set[ir.Node]) -> Affine | None:
+def _run(work: Work, node: ir.Node, apart: set[ir.Node]) -> Iterator[Affine]:
     """The run of elementwise nodes that starts with ``node``, up to those that are ``apart``, which grows."""
     steps: list[Affine] = []
     at: ir.Node | None = node
@@ -42,17 +42,7 @@ def _run(work: Work, node: ir.Node, apart: set[ir.Node]) -> Affine | None:
         steps.append(step)
         at = g.only_user(at.outputs[0])
     apart.update(steps[k].nodes[0] for k in rounding(steps))
-    nodes = (step.nodes[0] for step in steps)
-    return _compose(work, tuple(itertools.takewhile(lambda n: n not in apart, nodes)))
-
-
-def _compose(work: Work, nodes: tuple[ir.Node, ...]) -> Affine | None:
-    chain: Affine | None = None
-    for node in nodes:
-        step = affine(node, work.weights.read)
-        assert step is not None
-        chain = step if chain is None else chain.then(step)
-    return chain
+    return itertools.takewhile(lambda step: step.nodes[0] not in apart, steps)
 
 
 def _merge(work: Work, chain: Affine) -> bool:

@@ -37,13 +37,11 @@ def cones(root: ir.Node, operators: Collection[str], order: dict[ir.Node, float]
         if not known or len(inside) >= most:
             return
         node = max(known, key=order.__getitem__)
-        if not g.is_op(node, *operators) or node.graph is not root.graph or len(node.outputs) != 1:
+        if not g.is_op(node, *operators) or node.graph is not root.graph:
             return
         inside[node] = None
         del open_values[node.outputs[0]]
-        for value in _computed(node):
-            if value.producer() not in inside:
-                open_values[value] = None
+        open_values.update(_computed(node))
         if len(open_values) > 3:
             return
 

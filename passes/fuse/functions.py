@@ -64,13 +64,13 @@ def fuse_functions(work: Work) -> None:
     """Replace every cone that is an activation function, the largest of those that end at the same node."""
     order: dict[ir.Node, float] = {node: k for k, node in enumerate(work.model.graph.all_nodes())}
     for node in work.nodes():
-        if g.is_op(node, *OPERATORS) and node in order:
+        if g.is_op(node, *OPERATORS):
             _fuse_at(work, node, order)
 
 
 def _fuse_at(work: Work, root: ir.Node, order: dict[ir.Node, float]) -> None:
     dtype = root.outputs[0].dtype
-    if dtype not in FORMATS or dtype is None or len(root.outputs) != 1:
+    if dtype is None or dtype not in FORMATS:
         return
     # One node that is another operator, for the sake of those that runtimes fuse with a convolution.
     extremum = g.is_op(root, "Max", "Min")
@@ -159,7 +159,7 @@ def _factor(known: Known, values: Array) -> float:
 
 def _fitted(known: Known, given: Jet, factor: float) -> Found | None:
     """``known`` with parameters read off ``given``, when the two agree at all probes."""
-    if not np.isfinite(factor) or factor == 0:
+    if factor == 0:
         return None
     parameters = known.fit(given.mid / factor)
     if parameters is None:

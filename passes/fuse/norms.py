@@ -7,6 +7,8 @@
 A cone of sums, products, quotients, roots and means is an algebraic function of the data, and two of those are equal
 when they are equal at random points. So the cone is evaluated in float64 on random data, from so large that eps does
 not matter to so small that it decides; eps, scale and bias are read off, and the operator must give the same numbers.
+There are more points than constants to read off: through the values at one of them goes every function that has a
+scale of its own for each element.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ LARGEST = 18
 CLOSE = 1e-9
 # Data of this size makes any eps disappear.
 HUGE = 1e6
+# Points at which cone and operator are compared; the first alone would determine the scale.
+POINTS = 2
 # Larger tensors are not evaluated.
 ELEMENTS = 1 << 22
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -69,7 +73,7 @@ def fuse_norms(work: Work) -> None:
     order: dict[ir.Node, float] = {node: k for k, node in enumerate(work.model.graph.all_nodes())}
     # From the end, so that scale and bias are part of the first cone that is found.
     for node in list(work.nodes())[::-1]:
-        if node.graph is not None and g.is_op(node, "Add", "Sub", "Mul", "Div", "Cast") and node in order:
+        if node.graph is not None and g.is_op(node, "Add", "Sub", "Mul", "Div", "Cast"):
             _fuse_at(work, node, order)
 
 
@@ -106,13 +110,18 @@ def _recognize(cone: Cone, newest: int) -> Fit | None:
     """The normalization that ``cone`` computes, or None."""
     shape, dtype = g.known_shape(cone.leaf), cone.leaf.dtype
     reductions = [node for node in cone.nodes if node.op_type.startswith("Reduce")]
-    if not shape or not reductions or cone.root.dtype is not dtype or dtype not in {ir.DataType.FLOAT, *HALVES}:
+    if not shape or cone.root.dtype is not dtype or dtype not in {ir.DataType.FLOAT, *HALVES}:
+        return None
+    # Into another type than its own the data goes to be computed with more digits, not to lose some.
+    precise = {ir.DataType.FLOAT, ir.DataType.DOUBLE, dtype}
+    if any(g.is_op(node, "Cast") and g.attribute(node, "to", 0) not in precise for node in cone.nodes):
         return None
     reduced = {_axes(node, len(shape)) for node in reductions}
     axis = min((min(axes) for axes in reduced if axes), default=0)
     if reduced != {tuple(range(axis, len(shape)))} or axis < 1:
         return None
-    rows = tuple(2 if d is None else min(d, 2) for d in shape[:axis])
+    # One row: the others are computed alike, unless a constant varies along them, which gives another shape.
+    rows = (1,) * axis
     last = shape[axis:]
     sizes = (*rows, *(d for d in last if d is not None))
     fits = []
@@ -122,28 +131,29 @@ def _recognize(cone: Cone, newest: int) -> Fit | None:
     if channels is not None and all(node.op_type == "ReduceMean" for node in reductions):
         # How many elements there are does not matter then: other sizes than the real ones will do. Images first, as
         # the scale of a layer has the size of one.
-        images = (INSTANCE, (rows[0], channels, *(3 + k for k in range(len(last)))))
+        images = (INSTANCE, (1, channels, *(3 + k for k in range(len(last)))))
         fits.insert(0 if len(last) > 1 else len(fits), images)
     return next((fit for kind, sizes in fits if (fit := _fit(cone, kind, sizes, axis)) is not None), None)
 
 
 def _fit(cone: Cone, kind: Kind, sizes: tuple[int, ...], axis: int) -> Fit | None:
     """``kind`` over the axes from ``axis`` on with constants read off ``cone``, when that is what the cone computes."""
-    reduced = tuple(range(axis, len(sizes)))
-    same = (0, *reduced) if kind is INSTANCE else tuple(range(axis))
+    # Axes from the last on: behind that of the points.
+    reduced = tuple(range(axis - len(sizes), 0))
+    same = (0, *reduced) if kind is INSTANCE else (0,)
     rng = np.random.default_rng(0)
-    data = rng.standard_normal(sizes) + rng.standard_normal((*sizes[:axis], *(1,) * len(reduced)))
+    data = rng.standard_normal((POINTS, *sizes)) + rng.standard_normal((POINTS, *sizes[:axis], *(1,) * len(reduced)))
     with np.errstate(all="ignore"):
         # Far above any eps: y = scale n(x) + bias with n(-x) = -n(x).
-        above, below = evaluate(cone, HUGE * data), evaluate(cone, -HUGE * data)
-        if above is None or below is None or above.shape != sizes or below.shape != sizes:
+        above, below = _at(cone, HUGE * data), _at(cone, -HUGE * data)
+        if above is None or below is None:
             return None
         bias = ((above + below) / 2).mean(same, keepdims=True)
         unit = normalize(data, reduced, 0.0, kind.centred)
         scale = np.sum((above - below) / 2 * unit, same, keepdims=True) / np.sum(unit * unit, same, keepdims=True)
         # Small: (y - bias) = scale centre / sqrt(var + eps).
-        small = evaluate(cone, 1e-3 * data)
-        if small is None or not np.all(np.isfinite(scale)) or not np.any(scale):
+        small = _at(cone, 1e-3 * data)
+        if small is None:
             return None
         centre = 1e-3 * (data - data.mean(reduced, keepdims=True) if kind.centred else data)
         weight = scale * centre
@@ -151,18 +161,19 @@ def _fit(cone: Cone, kind: Kind, sizes: tuple[int, ...], axis: int) -> Fit | Non
         epsilon = float(np.float32(np.median(1 / gain**2 - np.mean(centre**2, reduced))))
         # What float64 leaves of none.
         epsilon = 0.0 if abs(epsilon) < 1e-16 else epsilon
-        if not 0 <= epsilon < 1 or not np.all(np.isfinite(bias)):
+        if not 0 <= epsilon < 1:  # NaN where scale or bias are
             return None
-        for factor in (HUGE, 1.0, 1e-2, 1e-3):
-            want = evaluate(cone, factor * data)
+        # Down to where eps is as large as the variance: without any, to rows of one number, which are NaN then.
+        for factor in (HUGE, 1.0, 1e-2, 1e-3, math.sqrt(epsilon)):
+            want = _at(cone, factor * data)
             got = normalize(factor * data, reduced, epsilon, kind.centred) * scale + bias
-            if want is None or not np.all(
-                np.abs(want - got) <= tolerance(factor) * max(1.0, float(np.abs(want).max()))
+            if want is None or not np.allclose(
+                got, want, rtol=0, atol=tolerance(factor) * np.nanmax(np.abs(want), initial=0), equal_nan=True
             ):
                 return None
     if np.all(np.abs(bias) <= CLOSE * np.abs(scale).max()):
-        return Fit(kind, axis, epsilon, scale, None)
-    return Fit(kind, axis, epsilon, scale, bias) if kind.centred else None
+        return Fit(kind, axis, epsilon, scale[0], None)
+    return Fit(kind, axis, epsilon, scale[0], bias[0]) if kind.centred else None
 
 
 def tolerance(factor: float) -> float:
@@ -175,6 +186,13 @@ def normalize(x: Array, axes: tuple[int, ...], epsilon: float, centred: bool) ->
     if centred:
         x = x - x.mean(axes, keepdims=True)
     return x / np.sqrt((x * x).mean(axes, keepdims=True) + epsilon)
+
+
+def _at(cone: Cone, points: Array) -> Array | None:
+    """What ``cone`` makes of every one of ``points``; None when that cannot be computed, or has another shape."""
+    values = [evaluate(cone, x) for x in points]
+    same = [y for y in values if y is not None and y.shape == points.shape[1:]]
+    return np.stack(same) if len(same) == len(values) else None
 
 
 def evaluate(cone: Cone, x: Array) -> Array | None:
@@ -220,11 +238,6 @@ def _reduction(f: Callable[..., Array]) -> Operator:
     return compute
 
 
-def _cast(node: ir.Node, operands: list[Array]) -> Array | None:
-    kept = {ir.DataType.FLOAT, ir.DataType.DOUBLE, *HALVES}
-    return operands[0] if ir.DataType(g.attribute(node, "to", 0)) in kept else None
-
-
 Operator = Callable[[ir.Node, list[Array]], "Array | None"]
 OPERATORS: dict[str, Operator] = {
     "Add": lambda node, v: v[0] + v[1],
@@ -235,7 +248,7 @@ OPERATORS: dict[str, Operator] = {
     "Sqrt": lambda node, v: np.sqrt(v[0]),
     "Reciprocal": lambda node, v: 1 / v[0],
     "Neg": lambda node, v: -v[0],
-    "Cast": _cast,
+    "Cast": lambda node, v: v[0],
     "ReduceMean": _reduction(np.mean),
     "ReduceSum": _reduction(np.sum),
     "ReduceSumSquare": _reduction(lambda x, axis, keepdims: np.sum(x * x, axis=axis, keepdims=keepdims)),

@@ -45,7 +45,7 @@ def merge_parallel(work: Work) -> None:
     """Merge the products of every value with constant matrices."""
     groups: dict[tuple[ir.Value | None, ir.Graph | ir.Function | None], list[ir.Node]] = {}
     for node in work.nodes():
-        if g.is_op(node, "MatMul") and _private(node.inputs[1]) and not g.is_constant(node.inputs[0]):
+        if g.is_op(node, "MatMul") and _private(node.inputs[1]):
             groups.setdefault((node.inputs[0], node.graph), []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:
@@ -62,7 +62,7 @@ def _private(value: ir.Value | None) -> bool:
 def _merge(work: Work, nodes: list[ir.Node]) -> None:
     weights = [node.inputs[1] for node in nodes]
     sizes = [v.const_value.size for v in weights if v is not None and v.const_value is not None]
-    if len({v.dtype for v in weights if v is not None}) > 1 or sum(sizes) > ELEMENTS:
+    if sum(sizes) > ELEMENTS:
         return
     rank = len(g.known_shape(nodes[0].outputs[0]) or ())
     if rank < 2:
@@ -112,7 +112,7 @@ def _part(node: ir.Node, rank: int) -> Part:
     if add is not None and g.is_op(add, "Add") and add.graph is node.graph:
         other = next((v for v in add.inputs if v is not node.outputs[0]), None)
         array = g.constant(other)
-        if array is not None and array.dtype == weight.dtype:
+        if array is not None:
             bias = along(array, -1, weight.shape[1], rank)
             if bias is not None:
                 return Part(node, (node, add), weight, bias)
@@ -129,6 +129,6 @@ def _cut_into_heads(part: Part) -> Part | None:
     if shape is None or len(shape) != rank + 1 or g.attribute(reshape, "allowzero", 0):
         return None
     target = tuple(int(n) for n in shape)
-    if target[-1] < 1 or target[-2] < 1 or target[-1] * target[-2] != part.outputs:
+    if target[-1] * target[-2] != part.outputs:
         return None
     return dataclasses.replace(part, nodes=(*part.nodes, reshape), target=target)

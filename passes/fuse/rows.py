@@ -41,9 +41,10 @@ def drop_batch_axis(work: Work) -> None:
     if not biases or len(region) > LARGEST:
         return
     network = _network(region, biases)
-    after, side = network.cut("matrices", "kept")
+    # Nodes are on that side only where they save more than they cost.
+    _, side = network.cut("matrices", "kept")
     turned = {node: None for node in region if node in side}
-    if after < len(biases) and turned:
+    if turned:
         _Rewriting(work, turned, biases).run()
         work.done["Gemm"] += sum(node in turned for node in biases)
 
@@ -122,7 +123,7 @@ def _takes_matrices(node: ir.Node) -> bool:
             _has_axis(v) or len(g.known_shape(v) or (0,) * 3) < 3 for v in node.inputs if not g.is_constant(v)
         ) and (all(_movable(v) for v in node.inputs if g.is_constant(v)))
     if g.is_op(node, "MatMul"):
-        return g.is_constant(others[0]) and len(g.known_shape(others[0]) or ()) == 2
+        return len(g.known_shape(others[0]) or ()) == 2
     if g.is_op(node, *ALONG):
         if g.attribute(node, "axis", ALONG[node.op_type]) % 3 == 0:
             return False
@@ -138,11 +139,11 @@ def _takes_matrices(node: ir.Node) -> bool:
 
 
 def _movable(value: ir.Value | None) -> bool:
-    """True for a constant that has no axis to lose, or one that may be stored without it."""
+    """True for a constant operand that has no axis to lose, or one that may be stored without it."""
     tensor = value.const_value if value is not None else None
-    if value is None or tensor is None or len(tensor.shape) > 3:
+    if value is None or tensor is None:
         return False
-    return len(tensor.shape) < 3 or (tensor.shape[0] == 1 and (len(value.uses()) == 1 or tensor.nbytes <= COPIED_BYTES))
+    return len(tensor.shape) < 3 or len(value.uses()) == 1 or tensor.nbytes <= COPIED_BYTES
 
 
 def _bias(node: ir.Node, region: dict[ir.Node, None]) -> Bias | None:

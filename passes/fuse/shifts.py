@@ -74,7 +74,8 @@ def _candidates(model: ir.Model) -> list[Affine]:
         users = [use.node for use in chain.y.uses()]
         if not users or chain.y.is_graph_output() or not all(g.is_op(user, *BEHIND) for user in users):
             continue
-        if g.is_op(chain.x.producer(), *BEFORE) and _per_channel(chain) is not None and chain.finite():
+        usable = _per_channel(chain) is not None and chain.finite() and not chain.rounds_on_purpose(ir.DataType.FLOAT)
+        if g.is_op(chain.x.producer(), *BEFORE) and usable:
             chains.append(chain)
     return chains
 

@@ -323,6 +323,38 @@ def test_two_nodes_that_are_one(text: str, expected: list[str]) -> None:
     check(proto, [*expected, "Tan"], n=2)
 
 
+FOLLOWERS = {
+    "Cast": ["y = Cast<to=11>(r)"],
+    "Concat": ["y = Concat<axis=0>(r, r)"],
+    "Flatten": ["y = Flatten<axis=0>(r)"],
+    "Gather": ["y = Gather<axis=0>(r, zero)"],
+    "Neg": ["y = Neg(r)"],
+    "ReduceSum": ["y = ReduceSum(r, axes)"],
+    "Reshape": ["y = Reshape(r, flat)"],
+    "Slice": ["y = Slice(r, axes, flat, axes)"],
+    "Split": ["y, z = Split<axis=0>(r, halves)"],
+    "Squeeze": ["u = Unsqueeze(r, axes)", "y = Squeeze(u, axes)"],
+    "Transpose": ["y = Transpose<perm=[1, 0]>(r)"],
+    "Unsqueeze": ["y = Unsqueeze(r, axes)"],
+    "Where": ["y = Where(mask, r, r)"],
+}
+
+
+@pytest.mark.parametrize("follower", FOLLOWERS)
+@pytest.mark.parametrize("producer", ["RandomNormal", "RandomUniform"])
+def test_a_value_made_of_nothing_can_be_read_by_anything(producer: str, follower: str) -> None:
+    lines = [f"r = {producer}<shape=[2, 3]>()", *FOLLOWERS[follower]]
+    kind = "double" if follower == "Cast" else "float"
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (bool[2, 3] mask) => ({kind} y)
+        <int64 zero = {{0}}, int64[1] axes = {{0}}, int64[1] flat = {{-1}}, int64[2] halves = {{1, 1}}>
+        {{ {" ".join(lines)} }}"""
+    )
+    result, _ = apply(model, "simplify,fold,fuse")
+    assert operators(result)[0] == producer
+
+
 def test_metadata_is_kept() -> None:
     proto = build("(float[n] x) => (float[n] y) { a = Identity(x) y = Sin(a) }")
     onnx.helper.set_model_props(proto, {"charset": "abc"})

@@ -120,6 +120,7 @@ def test_a_constant_factor_stays_behind() -> None:
         ["a = Exp x", "b = Add a 1.0001", "y = Log b"],
         ["a = Sigmoid x", "y = Mul x a"],
         ["a = Add x 12582912", "b = Sub a 12582912", "y = Relu b"],
+        ["a = Sub x x", "b = Relu a", "y = Tanh b"],  # zero, as is any function without a factor
     ],
 )  # fmt: skip
 def test_what_is_close_to_a_known_function_is_left_alone(lines: list[str]) -> None:
@@ -144,6 +145,19 @@ def test_the_opset_is_raised_only_as_far_as_needed() -> None:
         assert_same(model, kept, {"x": X}, 2e-6)
         again, _ = apply(kept, "simplify,fold,fuse(opset=0)")
         assert operators(again) == operators(kept)
+
+
+def test_the_opset_is_not_raised_for_what_it_does_not_reach() -> None:
+    """HardSwish is spelled out below 14, which needs no version of its own."""
+    result, _ = apply(build(FORMS["HardSwish"][0], opset=12), "fuse(opset=13)")
+    assert operators(result) == ["HardSigmoid", "Mul"]
+    assert result.opset_import[0].version == 12
+
+
+def test_a_bound_that_is_no_number_stays() -> None:
+    weights = {"none": np.float32(np.nan), "six": np.float32(6)}
+    model = net([node("Relu", "x", "a"), node("Clip", "a none six")], {"x": (2, 3)}, weights, {"y": (2, 3)})
+    assert operators(apply(model, "fuse")[0]) == ["Relu", "Clip"]
 
 
 def test_values_that_others_read_stay() -> None:

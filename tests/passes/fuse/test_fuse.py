@@ -47,6 +47,14 @@ def test_the_factor_that_fold_has_moved_comes_back(passes: str) -> None:
     assert not any(outcome.stats for outcome in outcomes)
 
 
+def test_what_is_spelled_out_leaves_its_factor_to_the_weights() -> None:
+    """As many nodes as before, but one of them a factor, which goes into the convolution behind it."""
+    model = block()
+    result, _ = apply(model, "simplify,fold,fuse(opset=0)")
+    assert operators(result) == ["Conv", "HardSigmoid", "Mul", "Conv"]
+    assert_same(model, result, {"x": X}, 1e-5)
+
+
 def test_nothing_to_do_changes_nothing() -> None:
     model = net([node("Relu", "x")], {"x": (2, 3)}, {}, {"y": (2, 3)}, opset=12)
     result, (outcome,) = apply(model, "fuse")

@@ -169,13 +169,129 @@ def test_what_the_mean_shifts_away_goes_too() -> None:
     assert onnx.helper.get_node_attr_value(found, "epsilon") == pytest.approx(1e-5 / 9, rel=1e-5)
 
 
+HOMOGENEOUS = {
+    "length": ["l = ReduceL2 x", "y = Div x l"],
+    "root of the squares": ["q = Mul x x", "v = ReduceMean q", "e = Add v eps", "s = Sqrt e", "y = Div x s"],
+    "half the mean": ["m = ReduceMean x", "h = Mul m half", "d = Sub x h", "q = Mul d d", "v = ReduceMean q",
+                      "e = Add v eps", "s = Sqrt e", "y = Div d s"],
+    "the mean back": ["m = ReduceMean x", "d = Sub x m", "q = Mul d d", "v = ReduceMean q", "s = Sqrt v",
+                      "n = Div d s", "o = Div m s", "y = Add n o"],
+    "a tiny root": ["q = Mul x x", "v = ReduceMean q", "e = Add v eps", "s = Sqrt e", "d = Div x s", "y = Mul d tiny"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, C), (1, 1, C), (4, C)])
+@pytest.mark.parametrize("what", HOMOGENEOUS)
+def test_one_row_of_data_is_no_reason_to_take_another_function_for_it(what: str, shape: tuple[int, ...]) -> None:
+    """At one point, a scale for each element makes every one of them the same."""
+    nodes = []
+    for line in HOMOGENEOUS[what]:
+        result, op, *operands = line.replace("= ", "").split()
+        nodes.append(node(op, " ".join(operands), result, **({"axes": [-1]} if op.startswith("Reduce") else {})))
+    model = net(
+        nodes,
+        {"x": shape},
+        {"eps": np.float32(1e-5), "half": np.float32(0.5), "tiny": np.float32(1e-12)},
+        {"y": shape},
+        opset=17,
+    )
+    assert operators(fused(model)) == operators(model)
+
+
+def test_a_constant_that_repeats_the_data_stays() -> None:
+    """Of one row it would make two, all alike."""
+    model = norm(shape=("n", C), bias=(2, C))
+    bias = next(t for t in model.graph.initializer if t.name == "bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.tile(normal(1, C), (2, 1)), "bias"))
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    assert operators(fused(model, normal(1, C))) == ["LayerNormalization", "Add"]
+
+
+@pytest.mark.parametrize(("there", "found"), [(TensorProto.DOUBLE, True), (TensorProto.FLOAT16, False)])
+def test_a_type_with_fewer_digits_is_meant(there: int, found: bool) -> None:
+    model = norm(scale=None, bias=None)
+    for item in model.graph.node:
+        item.input[:] = ["t" if name == "x" else name for name in item.input]
+        item.output[:] = ["z" if name == "y" else name for name in item.output]
+    model.graph.node.insert(0, node("Cast", "x", "t", to=there))
+    model.graph.node.append(node("Cast", "z", "y", to=TensorProto.FLOAT))
+    for array in model.graph.initializer:
+        array.CopyFrom(
+            onnx.numpy_helper.from_array(
+                onnx.numpy_helper.to_array(array).astype(onnx.helper.tensor_dtype_to_np_dtype(there)), array.name
+            )
+        )
+    assert (operators(apply(model, "fuse")[0]) == ["LayerNormalization"]) == found
+
+
+def test_a_mean_that_broadcasts_along_another_axis_is_another_function() -> None:
+    model = norm(shape=(C, C), keepdims=0)
+    assert operators(fused(model)) == operators(model)
+
+
+def test_a_mean_of_everything_stays() -> None:
+    nodes = [node("ReduceMean", "x", "m", keepdims=1), node("Sub", "x m", "d"), node("ReduceL2", "d", "l", keepdims=1)]
+    model = net([*nodes, node("Div", "d l")], {"x": SHAPE}, {}, {"y": SHAPE})
+    assert operators(fused(model)) == operators(model)
+
+
+def test_axes_of_unknown_size_have_no_scale() -> None:
+    model = norm(shape=("n", "s", C), axes=(-2, -1))
+    assert operators(fused(model, normal(2, 3, C))) == operators(model)
+
+
+def test_the_channels_of_images_are_in_front_of_what_is_normalized() -> None:
+    result = fused(norm(shape=(2, 4, 5), axes=(1, 2), scale=None, bias=None))
+    assert operators(result) == ["LayerNormalization"]
+
+
+def test_a_number_of_elements_that_may_not_be_theirs_stays() -> None:
+    """The mean of twelve elements only."""
+    lines = ["s = ReduceSum x axes", "m = Div s twelve", "d = Sub x m", "q = Mul d d", "v = ReduceMean q",
+             "e = Add v eps", "r = Sqrt e", "y = Div d r"]  # fmt: skip
+    nodes = []
+    for line in lines:
+        result, op, *operands = line.replace("= ", "").split()
+        nodes.append(node(op, " ".join(operands), result, **({"axes": [2, 3]} if op == "ReduceMean" else {})))
+    weights = {"axes": np.array([2, 3]), "twelve": np.float32(12), "eps": np.float32(1e-5)}
+    model = net(nodes, {"x": ("n", 4, "h", "w")}, weights, {"y": ("n", 4, "h", "w")})
+    assert operators(fused(model, normal(2, 4, 3, 5))) == operators(model)
+
+
+def test_images_of_half_precision_are_normalized_in_single_precision() -> None:
+    """There is no kernel for the others."""
+    model = norm(shape=("n", 4, "h", "w"), axes=(2, 3), scale=(4, 1, 1), bias=(4, 1, 1), cast=True)
+    result = fused(model, normal(2, 4, 3, 5))
+    assert operators(result) == ["Cast", "InstanceNormalization", "Cast", "Mul", "Add"]
+
+
+def test_data_that_is_cast_stays_what_it_is_cast_to() -> None:
+    model = norm(cast=True, scale=None, bias=None)
+    del model.graph.node[-1]
+    model.graph.node[-1].output[0] = "y"
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    assert operators(fused(model)) == ["Cast", "LayerNormalization"]
+
+
+def test_double_precision_is_left_alone() -> None:
+    model = norm()
+    for array in model.graph.initializer:
+        array.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(array).astype(np.float64), array.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    assert operators(apply(model, "fuse")[0]) == operators(model)
+
+
 def edited(change: str) -> onnx.ModelProto:
     """A layer normalization with something about it that makes it another function."""
     model = norm(shape=(2, C, C) if change == "other axis" else SHAPE)
     nodes = {n.output[0]: n for n in model.graph.node}
     weights = {t.name: t for t in model.graph.initializer}
     match change:
-        case "eps outside the root":
+        case "eps outside the root" | "eps outside the root that only small data shows":
+            if change != "eps outside the root":
+                weights["eps"].CopyFrom(onnx.numpy_helper.from_array(np.float32(1e-10), "eps"))
             nodes["ve"].op_type, nodes["ve"].input[:] = "Sqrt", ["var"]
             nodes["s"].op_type, nodes["s"].input[:] = "Add", ["ve", "eps"]
         case "power of 2.1":
@@ -191,6 +307,8 @@ def edited(change: str) -> onnx.ModelProto:
             weights["scale"].CopyFrom(onnx.numpy_helper.from_array(normal(2, 1, C), "scale"))
         case "not the mean":
             nodes["mu"].op_type = "ReduceMax"
+        case "eps that only rows of one number show":
+            weights["eps"].CopyFrom(onnx.numpy_helper.from_array(np.float32(1e-30), "eps"))
         case "negative eps":
             weights["eps"].CopyFrom(onnx.numpy_helper.from_array(np.float32(-1e-8), "eps"))
     return model
@@ -200,6 +318,8 @@ def edited(change: str) -> onnx.ModelProto:
     "change",
     [
         "eps outside the root",
+        "eps outside the root that only small data shows",
+        "eps that only rows of one number show",
         "power of 2.1",
         "other axis",
         "two axes",

@@ -101,6 +101,71 @@ def test_constants_per_position_are_no_bias() -> None:
     assert fused(model) == ["MatMul", "Add", "Split", "Add"]
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 8), (8,)])
+def test_weights_that_are_no_matrices_stay(shape: tuple[int, ...]) -> None:
+    model = products((8, 8, 8), biased=(False, False, False))
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(normal(*shape), tensor.name))
+    assert fused(model) == ["MatMul"] * 3
+
+
+@pytest.mark.parametrize("op", ["Sub", "Mul", "Max"])
+def test_only_what_is_added_is_a_bias(op: str) -> None:
+    model = products()
+    for item in model.graph.node:
+        item.op_type = op if item.op_type == "Add" else item.op_type
+    assert fused(model) == ["MatMul", "Split", op, op, op]
+
+
+def test_a_bias_in_a_branch_stays_there() -> None:
+    """What is computed where the branch is taken only is no part of what is computed always."""
+    model = products((8, 8, 8), biased=(False, False, False))
+    del model.graph.output[:]
+    shape = ("n", 5, 8)
+    for k, item in enumerate([item for item in model.graph.node if item.op_type == "Tanh"]):
+        (value,) = item.input
+        branches = [
+            onnx.helper.make_graph(
+                [node(op, operands, f"{op}{k}")],
+                op,
+                [],
+                [onnx.helper.make_tensor_value_info(f"{op}{k}", onnx.TensorProto.FLOAT, shape)],
+            )
+            for op, operands in (("Add", f"{value} b"), ("Neg", "x"))
+        ]
+        item.op_type, item.input[:] = "If", ["taken"]
+        item.attribute.extend(
+            onnx.helper.make_attribute(f"{name}_branch", graph)
+            for name, graph in zip(("then", "else"), branches, strict=True)
+        )
+        model.graph.output.append(onnx.helper.make_tensor_value_info(item.output[0], onnx.TensorProto.FLOAT, shape))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(normal(8), "b"))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("taken", onnx.TensorProto.BOOL, ()))
+    result, _ = apply(model, "fuse")
+    assert operators(result) == ["MatMul", "Split", "If", "If", "If"]
+    for taken in (True, False):
+        assert_same(model, result, {"x": X, "taken": np.array(taken)}, 1e-6)
+
+
+def test_a_size_of_the_channels_is_not_cut_with_them() -> None:
+    """Copied into the shape by a 0, it would be that of all products."""
+    x = normal(8, 5, 8)
+    model = products((8, 8, 8), heads=((5, 1, 0, 4, 2),) * 3)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    result, _ = apply(model, "fuse")
+    assert_same(model, result, {"x": x}, 1e-6)
+
+
+def test_a_size_of_zero_that_is_meant_stays() -> None:
+    model = products(heads=((0, 7, 4, 2), (0, 7, 2, 2), (0, 7, 2, 2)))
+    for item in model.graph.node:
+        if item.op_type == "Reshape":
+            item.attribute.append(onnx.helper.make_attribute("allowzero", 1))
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "s"
+    result, _ = apply(model, "fuse")
+    assert_same(model, result, {"x": normal(2, 0, 8)}, 1e-6)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     outputs=st.lists(st.sampled_from([1, 2, 4, 8]), min_size=2, max_size=4),

@@ -25,7 +25,7 @@ WEIGHTS = {
     "g": normal(8), "t": normal(8), "row": normal(1, 1, 8), "rows": normal(1, 5, 8), "half": np.float32(0.5),
     "flat": np.array([1, -1, 8]), "heads": np.array([1, 5, 2, 4]), "square": np.array([1, 8, 5]),
     "one": np.array([1]), "two": np.array([2]), "last": np.array([-2]), "sizes": np.array([2, 3]),
-    "zero": np.array([0]),
+    "zero": np.array([0]), "col": normal(8, 1),
 }  # fmt: skip
 
 
@@ -66,12 +66,20 @@ def test_the_number_of_rows_may_be_unknown() -> None:
 def test_as_many_nodes_are_no_reason() -> None:
     model = build(*THREE[:3], node("Tanh", "d"))
     assert fused(model) == operators(model)
+    # What is given by, or read by, a node that needs the axis costs as much as an input or an output.
+    model = build(node("CumSum", "x one", "s"), linear(0, "s", "a"), node("Relu", "a", "c"), linear(1, "c", "y"))
+    assert fused(model) == operators(model)
+    model = build(*THREE, node("CumSum", "c one", "z"), outputs=("y", "z"))
+    assert fused(model) == operators(model)
 
 
-@pytest.mark.parametrize("shape", [("n", 5, 8), (2, 5, 8), (None, 5, 8)])
+@pytest.mark.parametrize("shape", [("n", 5, 8), (2, 5, 8), (None, 5, 8), (1, 2, 5, 8), (1, 8)])
 def test_other_batches_stay(shape: tuple[Any, ...]) -> None:
     model = build(*THREE, shape=shape)
-    assert fused(model, normal(2, 5, 8)) == operators(model)
+    x = normal(*(d if isinstance(d, int) else 2 for d in shape))
+    result = fused(model, x)
+    assert "Squeeze" not in result
+    assert result == operators(model) or shape == (1, 8)  # which fold makes Gemm of
 
 
 def test_an_operator_set_with_other_arguments_stays() -> None:
@@ -99,6 +107,11 @@ INSIDE: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
     "slice from the end": ([node("Slice", "c zero two last", "m")], ["Slice"]),
     "concat": ([node("Concat", "c a rows", "m", axis=1)], ["Concat"]),
     "concat from the end": ([node("Concat", "c rows", "m", axis=-2)], ["Concat"]),
+    "product and something else": ([node("MatMul", "c w3", "q"), node("Max", "q g", "m")], ["MatMul", "Max"]),
+    "product with a computed matrix": (
+        [node("Squeeze", "x zero", "p"), node("Gemm", "p p", "s", transA=1), node("MatMul", "c s", "m")],
+        ["Gemm", "MatMul"],
+    ),
     "split": (
         [node("Split", "c sizes", "q r", axis=1), node("Concat", "r q", "m", axis=1)], ["Split", "Concat"],
     ),
@@ -116,9 +129,23 @@ def test_what_stands_in_between_computes_on_matrices(what: str) -> None:
     assert fused(model) == [*GEMMS[:3], *expected, *GEMMS[3:]]
 
 
+def left_out(item: onnx.NodeProto, index: int) -> onnx.NodeProto:
+    """``item`` without the result of this number."""
+    item.output[index] = ""
+    return item
+
+
 OUTSIDE = {
     "normalization of the batch too": [node("LayerNormalization", "c g3 t3", "m", axis=0)],
     "softmax over the batch": [node("Softmax", "c", "m", axis=0)],
+    "normalization with a result left out": [left_out(node("LayerNormalization", "c g t", "q s r"), 1),
+                                             node("Mul", "q r", "m")],
+    "numbers of another type": [node("Greater", "c half", "q"), node("Cast", "q", "r", to=TensorProto.FLOAT),
+                                node("Mul", "r c", "m")],
+    "exponents of another type": [node("Cast", "c", "q", to=TensorProto.INT64), node("Pow", "c q", "m")],
+    "slice without axes": [node("Slice", "c zero one", "q"), node("Mul", "q c", "m")],
+    "transpose of axes of size 1": [node("MatMul", "c col", "q"), node("Transpose", "q", "r", perm=[2, 1, 0]),
+                                    node("Mul", "c r", "m")],
     "slice of the batch": [node("Slice", "c zero one zero", "q"), node("Mul", "q c", "m")],
     "concat of batches": [node("Concat", "c c", "q", axis=0), node("ReduceMax", "q", "m", axes=[0])],
     "transpose of the batch": [node("Transpose", "c", "q", perm=[2, 1, 0]), node("Exp", "q", "r"),
@@ -142,6 +169,58 @@ def test_what_needs_the_axis_keeps_it(what: str) -> None:
     result, _ = apply(model, "fuse(opset=0)")  # alone: simplify would take away what changes nothing for one sample
     assert_same(model, result, {"x": X}, 1e-5)
     assert operators(result).count("Gemm") == 6
+
+
+def test_a_sum_behind_a_product_of_computed_tensors_is_no_bias() -> None:
+    """Of as many rows as columns, so that the numbers that are added fit the second operand."""
+    model = build(*THREE[:2], node("Mul", "c a", "q"), node("Add", "q b3", "r"), node("Tanh", "r", "m"),
+                  linear(1, "m", "d"), *THREE[3:], shape=(1, 8, 8))  # fmt: skip
+    assert fused(model, normal(1, 8, 8)) == [*GEMMS[:3], "Mul", "Add", "Tanh", *GEMMS[3:]]
+
+
+@pytest.mark.parametrize("op", ["Add", "Concat"])
+def test_large_constants_are_not_stored_twice(op: str) -> None:
+    """Another node reads the constant with its axis."""
+    inside = node(op, "c long", "m", **({"axis": 1} if op == "Concat" else {}))
+    model = build(*THREE[:2], inside, linear(1, "m", "d"), *THREE[3:], node("Concat", "x long", "z", axis=1),
+                  shape=(1, 150, 8), outputs=("y", "z"))  # fmt: skip
+    model.graph.initializer.append(onnx.numpy_helper.from_array(normal(1, 150, 8), "long"))
+    result, _ = apply(model, PASSES)
+    assert sum(t.ByteSize() for t in result.graph.initializer) < sum(t.ByteSize() for t in model.graph.initializer)
+
+
+def test_a_bias_that_keeps_its_axis_is_none_of_gemm() -> None:
+    """It is too large to be stored a second time."""
+    wide = [node("MatMul", "e wide", "p"), node("Add", "p long", "y"), node("Concat", "y long", "z", axis=1)]
+    model = build(*THREE[:4], *wide, outputs=("y", "z"))
+    for name, array in (("wide", normal(8, 1100)), ("long", normal(1, 1, 1100))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    assert fused(model).count("Gemm") in (0, 2)
+
+
+def test_a_part_of_unknown_batch_keeps_its_axis() -> None:
+    model = build(*THREE[:2], node("Concat", "c z", "m", axis=1), linear(1, "m", "d"), *THREE[3:])
+    model.graph.input.append(onnx.helper.make_tensor_value_info("z", TensorProto.FLOAT, ("n", 5, 8)))
+    result, _ = apply(model, PASSES)
+    assert_same(model, result, {"x": X, "z": X}, 1e-5)
+
+
+def test_a_view_of_two_unknown_sizes_reads_the_axis() -> None:
+    """Its shape cannot be said in numbers."""
+    view = [node("MatMul", "e col", "f"), node("Mul", "f z", "q"), node("Squeeze", "q zero", "r")]
+    model = build(*THREE, node("Relu", "y", "s"), linear(3, "s", "u"), view, shape=(1, "n", 8), outputs=("u", "r"))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("z", TensorProto.FLOAT, (1, "m")))
+    result, _ = apply(model, PASSES)
+    assert_same(model, result, {"x": X, "z": normal(1, 3)}, 1e-5)
+    assert operators(result).count("Gemm") == 4
+
+
+def test_a_view_of_nothing_reads_the_axis() -> None:
+    """A size of 0 in the shape would be that of the data."""
+    nodes = [node("Slice", "e zero zero one", "q"), node("Reshape", "q turned", "r", allowzero=1)]
+    model = build(*THREE, node("Relu", "y", "s"), linear(3, "s", "u"), nodes, outputs=("u", "r"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([8, 0]), "turned"))
+    assert fused(model).count("Gemm") == 4
 
 
 def test_a_tensor_that_is_read_on_both_sides_is_given_on_both() -> None:

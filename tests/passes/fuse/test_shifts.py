@@ -27,6 +27,8 @@ WEIGHTS = {
     "channels": normal(32, 1, 1),
     "rows": normal(12, 1),
     "two": np.float32(2),
+    "magic": np.float32([1.5 * 2**23]),
+    "infinite": np.float32([np.inf]),
 }
 
 
@@ -80,6 +82,30 @@ def test_a_constant_between_convolutions(nodes: list[onnx.NodeProto]) -> None:
 )
 def test_constants_that_are_copied_anyway_stay(nodes: list[onnx.NodeProto]) -> None:
     assert "BatchNormalization" not in operators(apply(between(*nodes), "fuse")[0])
+
+
+def test_rounding_on_purpose_stays() -> None:
+    """x + 1.5 * 2**23 has no digits behind the point."""
+    model = between(node("Add", "a magic", "r"), node("Sub", "r magic", "b"))
+    result, _ = apply(model, "fuse")
+    assert operators(result) == operators(model)
+    assert_same(model, result, {"x": X}, 1e-6)
+
+
+def test_infinite_constants_stay() -> None:
+    """Their products need not be what they are one after the other."""
+    model = between(node("Mul", "a infinite", "m"), node("Add", "m scalar", "b"))
+    assert operators(apply(model, "fuse")[0]) == operators(model)
+
+
+def test_what_varies_along_the_batch_is_not_per_channel() -> None:
+    """With one axis behind the channels, the batch is where the channels are with two."""
+    nodes = [node("Conv", "x w b", "c"), node("Add", "c shift", "a"), node("Conv", "a w b", "y", pads=[1, 1])]
+    weights = {"w": normal(3, 3, 3), "b": normal(3), "shift": normal(3, 1, 1)}
+    model = net(nodes, {"x": (3, 3, 9)}, weights, ["y"])
+    result, _ = apply(model, "fuse")
+    assert operators(result) == operators(model)
+    assert_same(model, result, {"x": normal(3, 3, 9)}, 1e-6)
 
 
 def test_other_targets_are_left_alone() -> None:
