@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.contract import Context
 
@@ -27,7 +28,7 @@ class Choice:
     @property
     def refusal(self) -> str:
         """Why none was chosen."""
-        return f"the model is not faster on integers ({max(self.speeds.values()):.2f}x at best)"
+        return f"the model is not faster on integers beyond noise ({max(self.speeds.values()):.2f}x at best)"
 
 
 def fastest(
@@ -41,7 +42,8 @@ def fastest(
 ) -> Choice:
     """Measure ``model`` and ``candidates``, the preferred one first, in turn; the fastest that is clearly so.
 
-    ``least`` is the speed over ``model`` that one must have to be chosen.
+    ``least`` is the speed over ``model`` that one must have to be chosen; one whose weights take no less memory must
+    also be faster beyond noise, because it has nothing else to offer.
     """
     sources = [model, *candidates.values()]
     timed = runtime.compare_models(sources, feeds, ep=ep, threads=ctx.threads, seconds=_SECONDS, seed=ctx.seed)
@@ -50,7 +52,9 @@ def fastest(
     for name in others:
         if speeds[name] > speeds[best] * _FASTER:
             best = name
-    return Choice(best if speeds[best] >= least else None, speeds)
+    low = dict(zip(candidates, timed.interval[1:], strict=True))[best][0]
+    smaller = model_io.weight_bytes(candidates[best]) < model_io.weight_bytes(model)
+    return Choice(best if speeds[best] >= least and (smaller or low > 1) else None, speeds)
 
 
 def slower_layer(before: float, after: float) -> str | None:

@@ -19,7 +19,9 @@ from onnxslim.units import Unit
 
 # Rows that the moments are made of, over all samples, and the widest product whose moments (K x K numbers) are kept.
 ROWS, WIDEST = 16_384, 2048
-BATCH, BLOCK = 2048, 64
+# A product of so many rows costs as much as one of many more, and takes little memory beside the sums it is added to.
+BATCH = 512
+BLOCK = 64
 DAMPING = 0.01
 
 
@@ -55,12 +57,14 @@ class Gram:
         if not np.isfinite(rows).all() or not rows.shape[1]:
             return
         if self._block is None:
-            self._block = np.empty((self.groups, BATCH + self.rows, self.width), np.float32)
-        stop = self._waiting + rows.shape[1]
-        self._block[:, self._waiting : stop] = rows
-        self._waiting = stop
-        if self._waiting >= BATCH:
-            self._flush()
+            self._block = np.empty((self.groups, BATCH, self.width), np.float32)
+        while rows.shape[1]:
+            taken = rows[:, : BATCH - self._waiting]
+            stop = self._waiting + taken.shape[1]
+            self._block[:, self._waiting : stop] = taken
+            self._waiting, rows = stop, rows[:, taken.shape[1] :]
+            if stop == BATCH:
+                self._flush()
 
     def _flush(self) -> None:
         """Take in the rows collected; in batches, because the sums are large and the rows of a sample few."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -9,6 +10,14 @@ from onnxslim import choice, runtime, timing
 from onnxslim.choice import fastest, slower_layer
 from onnxslim.contract import Context
 from onnxslim.data import Data
+from onnxslim.graph import add_constant
+
+
+def weighing(numbers: int) -> ir.Model:
+    """A model with a weight of so many numbers."""
+    graph = ir.Graph([], [], nodes=[], name="g")
+    add_constant(graph, "w", np.zeros(numbers, np.float32))
+    return ir.Model(graph, ir_version=10)
 
 
 @pytest.mark.parametrize(
@@ -25,12 +34,12 @@ from onnxslim.data import Data
 def test_the_preferred_unless_another_is_clearly_faster(
     speeds: list[float], least: float, name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = [ir.Model(ir.Graph([], [], nodes=[], name=str(k)), ir_version=10) for k in range(len(speeds) + 1)]
+    models = [weighing(3 - (k > 0)) for k in range(len(speeds) + 1)]
     seen = []
 
     def compare(sources: list[ir.Model], *_: object, **__: object) -> timing.Comparison:
         seen.extend(sources)
-        return timing.Comparison([], [1.0, *speeds], [])
+        return timing.Comparison([], [1.0, *speeds], [(s - 0.5, s + 0.5) for s in (1.0, *speeds)])
 
     monkeypatch.setattr(runtime, "compare_models", compare)
     context = Context(Data("nothing", 0, [].__getitem__, []))
@@ -40,6 +49,20 @@ def test_the_preferred_unless_another_is_clearly_faster(
     assert [id(m) for m in seen] == [id(m) for m in models]
     if name is None:
         assert f"{max(speeds):.2f}x at best" in found.refusal
+
+
+@pytest.mark.parametrize(
+    ("numbers", "low", "chosen"),
+    [(3, 0.99, False), (3, 1.01, True), (4, 0.99, False), (2, 0.99, True)],
+)
+def test_what_is_not_smaller_must_be_faster_beyond_noise(
+    numbers: int, low: float, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = timing.Comparison([], [1.0, 1.04], [(1.0, 1.0), (low, 1.1)])
+    monkeypatch.setattr(runtime, "compare_models", lambda *_, **__: timed)
+    context = Context(Data("nothing", 0, [].__getitem__, []))
+    found = fastest(weighing(3), {"a": weighing(numbers)}, [], context)
+    assert found.name == ("a" if chosen else None)
 
 
 def test_a_layer_goes_back_where_that_is_clearly_faster() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -124,15 +125,29 @@ def test_without_rows_nothing_changes() -> None:
     np.testing.assert_array_equal(refine(w, plain, params, gram, 0), plain)
 
 
-def test_moments_of_many_samples_are_those_of_all_their_rows() -> None:
-    gram = Gram(unit("MatMul"), (6, 4), 500)
-    arrays = [correlated(count, 6) for count in (300, 700, 900, 1000, 100, 1, 0, 450, 800, 400)]
+@pytest.mark.parametrize("most", [500, 1300])
+def test_moments_of_many_samples_are_those_of_all_their_rows(most: int) -> None:
+    gram = Gram(unit("MatMul"), (6, 4), most)
+    arrays = [correlated(count, 6) for count in (300, 700, 900, 1200, 100, 1, 0, 450, 800, 400, 3000)]
     arrays.insert(3, np.full((5, 6), np.nan, np.float32))
     for k, array in enumerate(arrays):
         gram.update(array)
         if k == 5:
             gram.finish()
-    used = [a[:: -(-len(a) // 500) or 1] for a in arrays if np.isfinite(a).all()]
+    used = [a[:: -(-len(a) // most) or 1] for a in arrays if np.isfinite(a).all()]
     rows = np.concatenate(used).astype(np.float64)
     np.testing.assert_allclose(gram.matrix[0], rows.T @ rows / len(rows), rtol=1e-5)
     assert gram.count == len(rows) > 2048
+
+
+def test_large_samples_take_no_more_memory_than_small_ones() -> None:
+    held = []
+    for count in (600, 16_384):
+        array = correlated(count, 64)
+        tracemalloc.start()
+        gram = Gram(unit("MatMul"), (64, 4), count)
+        gram.update(array)
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert gram.matrix.any()
+    assert held[1] < 1.1 * held[0]

@@ -130,7 +130,8 @@ def test_layers_that_are_slower_stay_and_are_named(monkeypatch: pytest.MonkeyPat
         return {"query": 2.0 if quantized else 1.0, "key": 1.0 if quantized else 2.0, "head": 1.0}
 
     def latency(sources: list[ir.Model], *_: object, **__: object) -> timing.Comparison:
-        return timing.Comparison([], [1.0, 1.111, 2.0][: len(sources)], [])
+        speeds = [1.0, 1.111, 2.0][: len(sources)]
+        return timing.Comparison([], speeds, [(speed, speed) for speed in speeds])
 
     monkeypatch.setattr(runtime, "profile", profile)
     monkeypatch.setattr(runtime, "compare_models", latency)
@@ -143,7 +144,8 @@ def test_layers_that_are_slower_stay_and_are_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_is_kept_that_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "compare_models", lambda s, *_, **__: timing.Comparison([], [1.0] * len(s), []))
+    alike = lambda s, *_, **__: timing.Comparison([], [1.0] * len(s), [(1.0, 1.0)] * len(s))  # noqa: E731
+    monkeypatch.setattr(runtime, "compare_models", alike)
     model = products()
     small, outcome = apply(model, DynamicInt8())
     assert outcome.stats["int8_layers"] == 0
