@@ -92,6 +92,7 @@ class Coupling:
         self.ids = Ids()
         self.sites: list[Site] = []
         self.labels: dict[ir.Value, Axes] = {}
+        self.targets: dict[ir.Node, dict[int, tuple[Labels | None, str]]] = {}
         self.shapes = shapes
         self._small = small
         self._elastic: set[int] = set()
@@ -160,6 +161,13 @@ class Coupling:
         """Label an output; axes of size 1 are never cut."""
         shape = self.shape(value)
         self.labels[value] = [None if n < 2 else labels for n, labels in zip(shape, axes, strict=True)]
+
+    def target(self, node: ir.Node, entry: int, labels: Labels | None, reason: str) -> None:
+        """Record that in the sizes that ``node`` gives its output, ``entry`` is read from an axis with ``labels``.
+
+        The rule of ``node`` takes it out of `targets` and ties the axes; what is left there in the end is frozen.
+        """
+        self.targets.setdefault(node, {})[entry] = labels, reason
 
     def contract(self, node: ir.Node, data: int, axis: int, weight: int, weight_axis: int, groups: int = 1) -> None:
         """Record that ``node`` sums over an axis of input ``data``; the other factor is input ``weight``."""
@@ -309,6 +317,9 @@ def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 
                 (rule or unknown)(coupling, node)
 
     follow(model.graph)
+    for sizes in coupling.targets.values():
+        for labels, why in sizes.values():
+            coupling.freeze(labels, why)
     for value in model.graph.outputs:
         coupling.freeze_value(value, f"graph output {value.name}")
     return coupling

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-from onnxslim import sequences
+from onnxslim import maps, sequences
 from onnxslim.graph import subgraphs
 
 # Weights of more bytes than this are given as inputs: only small ones are read for the shapes that they hold.
@@ -33,6 +33,7 @@ def run(model: ir.Model) -> None:
         with _small(model):
             proto = ir.serde.serialize_model(model)
         found = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        maps.forget(found)
         if nested:
             _merge_graphs(model, ir.serde.deserialize_model(found))
         else:

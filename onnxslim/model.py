@@ -30,7 +30,7 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
-from onnxslim import inference, protos, wire
+from onnxslim import inference, maps, protos, wire
 from onnxslim.errors import ModelError, UsageError
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights they go to a file of their own.
@@ -254,7 +254,7 @@ def by_reference(model: ir.Model, limit: int = INLINE_LIMIT) -> tuple[bytes, Pat
                 files[tensor.path].name, tensor.offset, tensor.nbytes, tensor.dtype,
                 shape=ir.Shape(tensor.shape.numpy()), name=str(value.name),
             )  # fmt: skip
-    return _lean(ir.to_proto(clone)).SerializeToString(deterministic=True), folders.pop()
+    return _lean(ir.to_proto(clone), model).SerializeToString(deterministic=True), folders.pop()
 
 
 def file_by_reference(path: str | os.PathLike[str]) -> tuple[bytes, Path] | None:
@@ -363,7 +363,9 @@ def _from_proto(
     proto = protos.densify(proto, where)
     protos.check(proto, where, inside)
     try:
-        model = ir.from_proto(proto)
+        model = maps.read(proto, where)
+    except ModelError:
+        raise
     except Exception as error:  # a malformed message raises many types
         raise ModelError(f"{where}: not a readable ONNX model: {error}") from error
     if folder is not None:
@@ -429,20 +431,19 @@ def _pieces(model: ir.Model) -> list[wire.Piece]:
     finally:
         for name, tensor in weights.items():
             values[name].const_value = tensor
-    return wire.pieces(_lean(proto), weights)
+    return wire.pieces(_lean(proto, model), weights)
 
 
 def _inline_proto(model: ir.Model) -> onnx.ModelProto:
     clone = model.clone()
     ir.external_data.load_to_model(clone)
-    return _lean(ir.to_proto(clone))
+    return _lean(ir.to_proto(clone), model)
 
 
-def _lean(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop the ``value_info`` of initializers, in place: it repeats what the tensors themselves say."""
-    graphs = [proto.graph]
-    for graph in graphs:
-        graphs.extend(a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)
+def _lean(proto: onnx.ModelProto, model: ir.Model) -> onnx.ModelProto:
+    """``proto``, written from ``model``, in place without the ``value_info`` of initializers, which repeats them."""
+    maps.restore(proto, model)
+    for graph in maps.graphs(proto):
         weights = {tensor.name for tensor in graph.initializer}
         kept = [info for info in graph.value_info if info.name not in weights]
         if len(kept) < len(graph.value_info):
@@ -478,7 +479,7 @@ def _write_external(model: ir.Model, draft: Path, folder: Path) -> set[Path]:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     name = f"{draft.name}.{digest.hexdigest()[:12]}.data"
-    proto = _lean(onnx.load(draft, load_external_data=False))
+    proto = _lean(onnx.load(draft, load_external_data=False), model)
     for tensor in protos.tensors(proto):
         for entry in tensor.external_data:
             if entry.key == "location":

@@ -353,7 +353,10 @@ def _hidden_size(node: ir.Node, units: Labels, kept: Callable[[Labels], np.ndarr
 
 @rule("Shape Size")
 def shape_of(c: Coupling, node: ir.Node) -> None:
-    """The size of an axis that the graph reads at run time must stay: the reader may compute with it."""
+    """The size of an axis that the graph reads at run time must stay: the reader may compute with it.
+
+    Where it is read to give another tensor the same size, the two axes shrink together.
+    """
     value, output = data(node), node.outputs[0]
     c.labels[output] = [None] * len(c.shape(output))
     axes = c.axes(value)
@@ -362,29 +365,58 @@ def shape_of(c: Coupling, node: ir.Node) -> None:
         read = set(range(rank))
     else:
         start, end = attribute(node, "start", 0), attribute(node, "end", rank)
-        span = list(range(rank))[start:end]
-        read = set()
-        for use in output.uses():
-            here = use.node.graph is node.graph and use.idx == 0
-            read.update(_entries(use.node, span) if here else span)
-        if output.is_graph_output():
-            read.update(span)
+        read = _computed_with(c, node, output, [*range(rank)][start:end])
     for axis in read:
         c.freeze(axes[axis], reason(node, "its size is read at run time"))
 
 
-def _entries(node: ir.Node, span: list[int]) -> list[int]:
-    """The entries of ``span`` that a Gather or Slice with constant arguments picks, all of them for other readers."""
+# Per operator, the input that says how large its output is.
+_SIZES = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Resize": 3}
+
+
+def _computed_with(c: Coupling, shape: ir.Node, value: ir.Value, places: list[int | None]) -> set[int]:
+    """Axes whose sizes, read by ``shape``, are anything but sizes of another tensor.
+
+    ``places`` says of every element of ``value`` of which axis it is the size, if of any. Where it is that of another
+    tensor in the end, a target is recorded.
+    """
+    read: set[int | None] = set(places) if value.is_graph_output() else set()
+    for use in value.uses():
+        node, kind = use.node, use.node.op_type if use.node.domain in ("", "ai.onnx") else ""
+        if node.graph is not shape.graph:
+            read.update(places)
+        elif _SIZES.get(kind) == use.idx:
+            for entry, axis in enumerate(places):
+                if axis is not None:
+                    why = reason(shape, "its size is read at run time")
+                    c.target(node, entry, c.axes(data(shape))[axis], why)
+        elif kind == "Concat":
+            before, after = (
+                [None] * sum(c.shape(v)[0] for v in part if v is not None)
+                for part in (node.inputs[: use.idx], node.inputs[use.idx + 1 :])
+            )
+            read |= _computed_with(c, shape, node.outputs[0], [*before, *places, *after])
+        elif kind == "Cast":
+            read |= _computed_with(c, shape, node.outputs[0], places)
+        elif (picked := _entries(node, places) if use.idx == 0 else None) is not None:
+            read |= _computed_with(c, shape, node.outputs[0], picked)
+        else:
+            read.update(places)
+    return {axis for axis in read if axis is not None}
+
+
+def _entries(node: ir.Node, places: list[int | None]) -> list[int | None] | None:
+    """The entries of ``places`` that a Gather or Slice with constant arguments picks, None for other readers."""
     found = [constant(v) for v in node.inputs[1:]]
     arguments = [a.ravel().tolist() for a in found if a is not None]
     if len(arguments) < len(found):
-        return span
+        return None
     if is_op(node, "Gather"):
-        return [span[k] for k in arguments[0]]
+        return [places[k] for k in arguments[0]]
     if is_op(node, "Slice") and len(arguments) > 1:
         step = arguments[3][0] if len(arguments) > 3 else 1
-        return span[python_slice(arguments[0][0], arguments[1][0], step)]
-    return span
+        return places[python_slice(arguments[0][0], arguments[1][0], step)]
+    return None
 
 
 @rule("Trilu ReverseSequence")

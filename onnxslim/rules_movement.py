@@ -210,11 +210,14 @@ def _sizes_argument(c: Coupling, node: ir.Node, index: int, entries: dict[int, L
 
         c.edit(change)
         return
-    pieces = _pieces(c, value)
+    pieces, targets = _pieces(c, value), c.targets.get(node, {})
     for k, labels in entries.items():
-        if labels is None:
+        if k in targets:
+            read, _ = targets.pop(k)
+            c.tie(labels, read, reason(node, "has the size of an axis that cannot be cut"))
+        elif labels is None:
             continue
-        if k not in pieces:
+        elif k not in pieces:
             c.freeze(labels, reason(node, "its size is computed at run time"))
         else:
             c.edit(functools.partial(_piece, c, node, index, pieces[k], labels))

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxslim.axes import merge_movements
 from onnxslim.branches import inline_constant_if
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.defaults import drop_zeros
 from onnxslim.folding import fold_constants
 from onnxslim.graph import add_constant, is_constant, replace, subgraphs
 from onnxslim.layouts import remove_changes
@@ -43,8 +44,9 @@ class Simplify(Pass):
     Shape, Gather, Concat and arithmetic become constants; what depends on weights alone is computed (unless storing it
     would make the file larger); nodes that change nothing, repeat another node or are read by nobody go; equal weights
     are stored once. Chains of Reshape and Transpose become three nodes at most; masks are computed no wider than needed
-    and looked up without index tensors that only count; what all parts of a Split go through is done in front of it.
-    Inputs, outputs, their names, types and symbolic sizes stay.
+    and looked up without index tensors that only count; what all parts of a Split go through is done in front of it;
+    states of zeros, with which recurrent layers start anyway, are left out. Inputs, outputs, their names, types and
+    symbolic sizes stay.
     """
 
     name: ClassVar[str] = "simplify"
@@ -108,6 +110,7 @@ class _Run:
                 continue
             for value in node.outputs:
                 self._compute(value, shapes, equal)
+            self.stats["zeros_left_out"] += drop_zeros(node)
             self.stats["targets_settled"] += settle_target(node, shapes, self.model.graph)
             self.stats["views_merged"] += merge_views(node, shapes, self.model.graph)
             self.stats["casts_merged"] += merge_casts(node)

@@ -258,6 +258,40 @@ def group_norm_exported(b: Builder) -> str:
     return b.conv(b.op("Add", b.op("Mul", x, b.w(8, 1, 1)), b.w(8, 1, 1)), 8, 2)
 
 
+@case(4)
+def group_norm_of_any_size(b: Builder) -> str:
+    """As TorchScript exports it for images of any size: the result gets the shape that went in."""
+    y = b.conv(image(b), 3, 8)
+    x = b.op("Reshape", y, b.ints(0, 4, -1))
+    x = b.op("Reshape", b.op("InstanceNormalization", x, b.w(4), b.w(4)), b.op("Shape", y))
+    return b.conv(b.op("Add", b.op("Mul", x, b.w(8, 1, 1)), b.w(8, 1, 1)), 8, 2)
+
+
+@case(8)
+def expanded_like_another(b: Builder) -> str:
+    x = b.conv(image(b), 3, 8)
+    pooled = b.op("GlobalAveragePool", x)
+    return b.conv(b.op("Sub", x, b.op("Expand", pooled, b.op("Shape", x))), 8, 2)
+
+
+@case(8, 4)
+def resized_to_another(b: Builder) -> str:
+    """As TorchScript exports an interpolation to the size of a skip connection."""
+    skip = b.conv(image(b), 3, 4)
+    low = b.op("MaxPool", b.conv(skip, 4, 8), kernel_shape=[2, 2], strides=[2, 2])
+    own = b.op("Slice", b.op("Shape", low), b.ints(0), b.ints(2))
+    extent = b.op("Cast", b.op("Gather", b.op("Shape", skip), b.ints(2, 3)), to=TensorProto.INT32)
+    sizes = b.op("Concat", own, b.op("Cast", extent, to=TensorProto.INT64), axis=0)
+    return b.conv(b.op("Concat", b.op("Resize", low, "", "", sizes), skip, axis=1), 12, 2)
+
+
+@case(8)
+def multiplied_by_ones(b: Builder) -> str:
+    x = b.conv(image(b), 3, 8)
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    return b.conv(b.op("Mul", x, b.op("ConstantOfShape", b.op("Shape", x), value=one)), 8, 2)
+
+
 @case(4, opset=21)
 def group_norm(b: Builder) -> str:
     x = b.op("GroupNormalization", b.conv(image(b), 3, 8), b.w(8), b.w(8), num_groups=4)

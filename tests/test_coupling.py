@@ -194,6 +194,26 @@ def test_a_size_that_is_read_at_run_time_stays(read: Callable[[Builder, str], st
     assert why == ("Shape sizes: its size is read at run time" if stays else "")
 
 
+def test_what_has_the_sizes_of_a_tensor_that_cannot_be_cut_stays() -> None:
+    def middle(b: Builder, x: str) -> str:
+        like = b.op("Softmax", b.conv(x, 8, 8), axis=1)
+        return b.op("Reshape", x, b.op("Shape", like), name="shaped")
+
+    widths, why = frozen_by(middle)
+    assert widths == []
+    assert why == "Reshape shaped: has the size of an axis that cannot be cut"
+
+
+def test_sizes_of_something_that_does_not_shrink_keep_their_axes() -> None:
+    def middle(b: Builder, x: str) -> str:
+        ones = b.op("Expand", b.ints(1), b.op("Shape", x, name="sizes"))
+        return b.op("Mul", x, b.op("ReduceMean", b.op("Cast", ones, to=TensorProto.FLOAT), keepdims=0))
+
+    widths, why = frozen_by(middle)
+    assert widths == []
+    assert why == "Shape sizes: its size is read at run time"
+
+
 def test_a_target_that_is_computed_freezes_the_axis_it_sizes() -> None:
     def middle(b: Builder, x: str) -> str:
         sizes = b.op("Mul", b.op("Cast", b.op("Shape", "x"), to=TensorProto.INT64), b.ints(1, 1, 1, 1))

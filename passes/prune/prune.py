@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -31,6 +32,7 @@ PROBES = 16  # samples on which each family's meaning for the outputs is measure
 LEVELS = (0.35, 1.0)  # parts of what may leave a family at which that is measured
 FELT = 1e-4  # relative error of the readers that is more than rounding
 MOST = 0.6  # share of a family that can leave when only what is nearly free may
+REASONS = 3  # told where nothing can leave
 HELD = 0.2  # share of the samples that judge
 BUDGETS = ("ratio", "params", "macs", "latency")
 
@@ -158,6 +160,8 @@ class Prune(Pass):
             families = [f for f in families if f.name in planned]
         outcome.stats["families"] = len(families)
         if not families:
+            if self.budgeted:
+                ctx.warnings.append(_whole(outcome.skipped))
             return outcome
         if ctx.synthetic and not self.budgeted:
             outcome.skipped.append(Skip("*", "no calibration data: what is nearly free cannot be known; give a budget"))
@@ -435,3 +439,10 @@ def _errors(original: ir.Model, candidates: Sequence[ir.Model], data: Data, ctx:
         want = runtime.run(first, feed)
         errors.append([measure.output_error(want, runtime.run(runner, feed)) for runner in others])
     return [float(np.mean(each)) for each in zip(*errors, strict=True)]
+
+
+def _whole(skipped: Sequence[Skip]) -> str:
+    """Why a budget stays unmet where no channel can leave: the commonest reasons."""
+    reasons = Counter(skip.reason for skip in skipped).most_common(REASONS)
+    told = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "it has no channels"
+    return f"prune: no channels can leave this model, whatever the budget: {told}"

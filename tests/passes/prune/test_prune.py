@@ -312,3 +312,20 @@ def test_demo_network_keeps_its_accuracy_at_half_the_work() -> None:
     report = result.report
     assert report.after["parameters"] < 0.8 * report.before["parameters"]
     assert report.metric["after"] >= report.metric["before"] - 0.015
+
+
+@pytest.mark.parametrize("passes", ["prune(ratio=0.5)", "prune(macs=0.5)"])
+def test_a_budget_for_a_model_that_cannot_shrink_says_why(passes: str) -> None:
+    weight = numpy_helper.from_array(np.random.default_rng(2).standard_normal((4, 3)).astype(np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    result = onnxslim.optimize(model, passes)
+    assert result.exit_code == 0
+    assert any("no channels can leave" in line and "cannot be cut" in line for line in result.report.warnings)
+    assert not any("no channels can leave" in line for line in onnxslim.optimize(model, "prune").report.warnings)
