@@ -58,18 +58,20 @@ def test_limited_pairs_stay_within_their_limit_and_beat_rounding_to_nearest() ->
 
 
 def test_comes_near_the_best_of_all_roundings() -> None:
+    """On average: for a single row rounding to nearest may happen to be the best."""
+    rng = np.random.default_rng(2)
     x = correlated(200, 6).astype(np.float64)
     moments = x.T @ x / len(x)
-    for _ in range(10):
-        row = RNG.standard_normal((1, 6))
+    found = best = nearest = 0.0
+    for row in rng.standard_normal((40, 1, 6)):
         scale = np.abs(row).max(1) / 7
-        best = min(
+        best += min(
             error(row, np.floor(row / scale[:, None]) + np.array(up), scale, moments)
             for up in itertools.product((0, 1), repeat=6)
         )
-        nearest = error(row, np.rint(row / scale[:, None]), scale, moments)
-        found = error(row, round_rows(row, scale, moments), scale, moments)
-        assert found <= best + 0.5 * max(nearest - best, 0) + 1e-9
+        nearest += error(row, np.rint(row / scale[:, None]), scale, moments)
+        found += error(row, round_rows(row, scale, moments), scale, moments)
+    assert found <= best + 0.1 * (nearest - best)
 
 
 @pytest.mark.parametrize(
