@@ -14,7 +14,13 @@ from onnxslim.quantization import QParams, dequantize, may_saturate, quantize, w
 from onnxslim.rounding import Gram, refine, round_rows
 from onnxslim.units import Kind, Unit
 
-RNG = np.random.default_rng(3)
+RNG = np.random.default_rng()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    RNG.bit_generator.state = np.random.default_rng(3).bit_generator.state
 
 
 def unit(op: str, **attributes: Any) -> Unit:
@@ -78,7 +84,7 @@ def test_comes_near_the_best_of_all_roundings() -> None:
     ("op", "attributes", "weight"),
     [
         ("Conv", {"pads": [1, 1, 1, 1], "strides": [2, 1]}, (8, 6, 3, 3)),
-        ("Conv", {"group": 6, "pads": [1, 0, 1, 2]}, (12, 1, 3, 3)),
+        ("Conv", {"group": 6, "pads": [1, 0, 1, 2]}, (48, 1, 3, 3)),
         ("Conv", {"group": 2, "dilations": [2, 2]}, (4, 3, 2, 2)),
         ("Conv", {"auto_pad": "SAME_UPPER"}, (5, 6, 3, 3)),
         ("MatMul", {}, (12, 7)),
