@@ -122,7 +122,8 @@ class Int8(Pass):
             blocked_layers = {x.name: f"stays in float: {x.reason}" for x in proof.layers if not x.kernel}
             reasons.update({n: reason for n, reason in blocked_layers.items() if n in products})
             stats |= {"integer_macs_fraction": round(proof.fraction, 4), "integer_kernels": proof.kernels}
-            stats["kernel_noise"] = self._kernel_noise(draft, held_out, figures["saturating"], ctx)
+            wide = [n for n in figures["saturating"] if n not in figures["narrowed"]]
+            stats["kernel_noise"] = self._kernel_noise(draft, held_out, wide, ctx)
         model.graph = draft.graph
         return Outcome(stats | changed | figures, _skips(reasons))
 
@@ -136,16 +137,17 @@ class Int8(Pass):
             )
         return {"saturating": saturating, "narrowed": [n for n in ready.narrow if n in products]}
 
-    def _kernel_noise(self, model: ir.Model, held_out: Data, saturating: Sequence[str], ctx: Context) -> float:
+    def _kernel_noise(self, model: ir.Model, held_out: Data, wide: Sequence[str], ctx: Context) -> float:
         """Noise that integer kernels add to what the file says; a warning where it is more than all of int8 may cost.
 
-        Fidelity was judged in exact arithmetic.
+        Fidelity was judged in exact arithmetic. ``wide`` are layers whose sums may saturate: not those that were
+        narrowed.
         """
         lost = accuracy.kernel_noise(model, held_out, ctx)
         if lost > (1 - self.fidelity if self.fidelity else NOISY):
             why = (
-                f", where the sums of {len(saturating)} layers saturate; int8(portable=true) keeps them small"
-                if saturating and saturates_here()
+                f", where the sums of {len(wide)} layers saturate; int8(portable=true) keeps them small"
+                if wide and saturates_here()
                 else ""
             )
             ctx.warnings.append(
