@@ -16,6 +16,7 @@ from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.profiles import PROFILES, REFUSED, Profile
+from onnxslim.restoring import parts
 from onnxslim.saturation import saturates_here
 from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes, protect_pools
 
@@ -38,8 +39,8 @@ class Int8(Pass):
     is in the branch of an If stays in float where no sample takes the branch, and so does the body of a Loop or Scan.
 
     Options:
-        fidelity: share of the variance of each output that must survive, measured on held-out samples: 1 minus squared
-            error over variance. 0 turns the check off.
+        fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
+            there are fewer than 12): 1 minus squared error over variance. 0 turns the check off.
         measure: time the candidates and keep in int8 only what is faster. Without it the result does not depend on
             the machine it was made on, and every layer that can be int8 is.
         equalize: centre and equalize channels across layers first.
@@ -92,7 +93,7 @@ class Int8(Pass):
         wanted = [n for n, u in units.items() if u.kind is Kind.PRODUCT and n not in reasons]
         if not wanted:
             return _nothing(layers, reasons)
-        fitting, held_out = ctx.calibration.spread(self.samples).split(0.25)
+        fitting, held_out = parts(ctx.calibration.spread(self.samples))
         profile = PROFILES[target]
         timed = self.measure and _can_be_timed(profile, ctx)
         changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize else {}
