@@ -1,6 +1,7 @@
 """Which layers go back to what they were so that the outputs keep the fidelity asked for.
 
-Fidelity is 1 minus the noise of the worst output (`probe.noise`) on samples that nothing was learned from.
+Fidelity is 1 minus the noise of the worst output (`probe.noise`) on samples that nothing was learned from, where there
+are enough of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ WORK_PER_TRIAL, WORK = 4e10, 3e11
 # Single layers that do not fit in before the more harmful ones are not tried any more.
 MOST_REFUSED = 3
 
+# Share of the samples that are held out to judge.
+HELD_OUT = 0.25
+
 Run = Callable[[dict[str, np.ndarray], Collection[str]], list[np.ndarray]]
+
+
+def parts(samples: Data) -> tuple[Data, Data]:
+    """Samples to learn from and samples that judge: those held out, or all where that were fewer than `FEWEST`.
+
+    What a model makes of two or three samples is more a matter of luck than of having been learned from.
+    """
+    fit, held_out = samples.split(HELD_OUT)
+    return fit, held_out if len(held_out) >= FEWEST else samples
 
 
 class Judge:

@@ -17,6 +17,7 @@ from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.errors import ModelError
 from onnxslim.opset import raise_opset
 from onnxslim.palettes import shared
+from onnxslim.restoring import parts
 from onnxslim.units import name_all_nodes
 from onnxslim.weights import Weight, borne, find_weights, with_moments
 
@@ -37,9 +38,9 @@ class Cluster(Pass):
         bits: 1 to 8; a weight has 2 to the power of this many values.
         palette: store indices. Without it the float32 weights are written: no smaller as a file, but the report says
             what deflate (zip, gzip, the packages of app stores) makes of it; for runtimes that do not fold constants.
-        fidelity: share of the variance of each output that must survive, measured on held-out samples: 1 minus squared
-            error over variance. Layers stay as they are until it holds, the most harmful ones first; 0 turns that off,
-            and without calibration data it is not measured.
+        fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
+            there are fewer than 12): 1 minus squared error over variance. Layers stay as they are until it holds, the
+            most harmful ones first; 0 turns that off, and without calibration data it is not measured.
         keep: names of layers (nodes) that stay as they are.
         samples: how many calibration samples are used at most.
     """
@@ -68,7 +69,7 @@ class Cluster(Pass):
         stats: dict[str, Any] = {"weights": len(weights), "bits": self.bits, "rounded": 0}
         before = model_io.deflated(model)
         judged = self.fidelity > 0 and not ctx.synthetic and len(ctx.calibration) > 0
-        fit, held_out = ctx.calibration.split(0.25) if judged else (ctx.calibration, ctx.calibration)
+        fit, held_out = parts(ctx.calibration) if judged else (ctx.calibration, ctx.calibration)
         made: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for group in with_moments(model, weights, dataclasses.replace(ctx, calibration=fit), self.samples):
             for weight, moments in ctx.progress.track(group, total=len(group), label="cluster"):

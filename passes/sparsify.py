@@ -15,7 +15,7 @@ from onnxslim import runtime
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
 from onnxslim.probe import noise
-from onnxslim.restoring import JUDGED
+from onnxslim.restoring import JUDGED, parts
 from onnxslim.sparsity import Costs, Layer, Pattern
 from onnxslim.units import name_all_nodes
 from onnxslim.weights import Weight, borne, find_weights, with_moments
@@ -40,9 +40,10 @@ class Sparsify(Pass):
         ratio: share of these weights that is set to zero, spread over the layers by what it costs there. Without it and
             without a pattern: as many as keep the fidelity asked for.
         pattern: "2:4" leaves at most two of every four consecutive inputs of each output; any N:M with N below M.
-        fidelity: share of the variance of each output that must survive, measured on held-out samples: 1 minus squared
-            error over variance. With a ratio or pattern, layers stay as they are until it holds, the most harmful ones
-            first; 0 turns that off, and without calibration data it is not measured.
+        fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
+            there are fewer than 12): 1 minus squared error over variance. With a ratio or pattern, layers stay as they
+            are until it holds, the most harmful ones first; 0 turns that off, and without calibration data it is not
+            measured.
         keep: names of layers (nodes) that stay as they are.
         samples: how many calibration samples are used at most.
     """
@@ -84,7 +85,7 @@ class Sparsify(Pass):
         stats: dict[str, Any] = {"layers": len(weights) + len(skipped), "sparse_layers": len(weights)}
         if not weights:
             return Outcome(stats, skipped)
-        fit, held_out = (ctx.calibration, ctx.calibration) if blind else ctx.calibration.split(0.25)
+        fit, held_out = (ctx.calibration, ctx.calibration) if blind else parts(ctx.calibration)
         work = _Work(model, weights, dataclasses.replace(ctx, calibration=fit), self.samples)
         if pattern is not None:
             found: Iterable[tuple[ir.Value, np.ndarray]] = work.patterned(pattern)

@@ -1,13 +1,16 @@
-"""`restoring`: what goes back so that the rest is borne, on noise that adds up."""
+"""`restoring`: what goes back so that the rest is borne, on noise that adds up; which samples judge."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxslim.restoring import keep
+from onnxslim.data import Data
+from onnxslim.restoring import FEWEST, keep, parts
 
 
 @settings(max_examples=200, deadline=None)
@@ -51,3 +54,13 @@ def test_a_layer_that_does_not_get_on_with_another_does_not_keep_the_rest_out() 
     found = keep(names, 0.5, noise_of, lambda _: alone)
     assert len(found.restored) == 1
     assert found.restored.keys() <= {"a", "b"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 11, 12, 13, 100])
+def test_a_few_samples_do_not_judge_alone(count: int) -> None:
+    samples = Data("numbers", count, lambda k: {"x": np.array(k)}, [])
+    fit, judges = ([int(s["x"]) for s in part] for part in parts(samples))
+    assert len(judges) >= min(FEWEST, count)
+    assert judges == list(range(count)) or not set(fit) & set(judges)
+    assert (judges == list(range(count))) == (count < 12)
+    assert sorted({*fit, *judges}) == list(range(count))

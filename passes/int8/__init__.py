@@ -16,6 +16,7 @@ from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.profiles import PROFILES, REFUSED, Profile
+from onnxslim.restoring import parts
 from onnxslim.saturation import saturates_here
 from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes, protect_pools
 
@@ -38,8 +39,8 @@ class Int8(Pass):
     is in the branch of an If stays in float where no sample takes the branch, and so does the body of a Loop or Scan.
 
     Options:
-        fidelity: share of the variance of each output that must survive, measured on held-out samples: 1 minus squared
-            error over variance. 0 turns the check off.
+        fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
+            there are fewer than 12): 1 minus squared error over variance. 0 turns the check off.
         measure: time the candidates and keep in int8 only what is faster. Without it the result does not depend on
             the machine it was made on, and every layer that can be int8 is.
         equalize: centre and equalize channels across layers first.
@@ -92,7 +93,7 @@ class Int8(Pass):
         wanted = [n for n, u in units.items() if u.kind is Kind.PRODUCT and n not in reasons]
         if not wanted:
             return _nothing(layers, reasons)
-        fitting, held_out = ctx.calibration.spread(self.samples).split(0.25)
+        fitting, held_out = parts(ctx.calibration.spread(self.samples))
         profile = PROFILES[target]
         timed = self.measure and _can_be_timed(profile, ctx)
         changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize else {}
@@ -122,7 +123,8 @@ class Int8(Pass):
             blocked_layers = {x.name: f"stays in float: {x.reason}" for x in proof.layers if not x.kernel}
             reasons.update({n: reason for n, reason in blocked_layers.items() if n in products})
             stats |= {"integer_macs_fraction": round(proof.fraction, 4), "integer_kernels": proof.kernels}
-            stats["kernel_noise"] = self._kernel_noise(draft, held_out, figures["saturating"], ctx)
+            wide = [n for n in figures["saturating"] if n not in figures["narrowed"]]
+            stats["kernel_noise"] = self._kernel_noise(draft, held_out, wide, ctx)
         model.graph = draft.graph
         return Outcome(stats | changed | figures, _skips(reasons))
 
@@ -136,16 +138,17 @@ class Int8(Pass):
             )
         return {"saturating": saturating, "narrowed": [n for n in ready.narrow if n in products]}
 
-    def _kernel_noise(self, model: ir.Model, held_out: Data, saturating: Sequence[str], ctx: Context) -> float:
+    def _kernel_noise(self, model: ir.Model, held_out: Data, wide: Sequence[str], ctx: Context) -> float:
         """Noise that integer kernels add to what the file says; a warning where it is more than all of int8 may cost.
 
-        Fidelity was judged in exact arithmetic.
+        Fidelity was judged in exact arithmetic. ``wide`` are layers whose sums may saturate: not those that were
+        narrowed.
         """
         lost = accuracy.kernel_noise(model, held_out, ctx)
         if lost > (1 - self.fidelity if self.fidelity else NOISY):
             why = (
-                f", where the sums of {len(saturating)} layers saturate; int8(portable=true) keeps them small"
-                if saturating and saturates_here()
+                f", where the sums of {len(wide)} layers saturate; int8(portable=true) keeps them small"
+                if wide and saturates_here()
                 else ""
             )
             ctx.warnings.append(

@@ -17,6 +17,7 @@ from onnxslim import data, runtime
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Outcome
 from onnxslim.errors import UsageError
+from onnxslim.passes import int8
 from onnxslim.passes.int8 import Int8
 from onnxslim.pipeline import parse
 from onnxslim.probe import noise
@@ -191,6 +192,20 @@ def test_what_kernels_do_beyond_the_file_is_measured(portable: bool) -> None:
     assert (outcome.stats["kernel_noise"] > 0.5) == damaged
     told = [line for line in ctx.warnings if "beyond what the file says" in line and "1 layers saturate" in line]
     assert bool(told) == damaged
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_weights_that_are_small_already_are_no_remedy(portable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8.accuracy, "kernel_noise", lambda *_: 0.9)
+    monkeypatch.setattr(int8, "saturates_here", lambda: True)
+    weights = {"w": (1 + RNG.random((64, 64)) / 50).astype(np.float32)}
+    model = build([helper.make_node("MatMul", ["x", "w"], ["y"], name="sum")], weights, [16, 64])
+    feeds = [{"x": np.random.default_rng(k).uniform(0.7, 1, (16, 64)).astype(np.float32)} for k in range(8)]
+    ctx = Context(calibration=data.open_data(feeds, data.input_specs(model)), threads=1)
+    outcome = Int8(measure=False, portable=portable).apply(model, ctx)
+    assert outcome.stats["narrowed"] == (["sum"] if portable else [])
+    told = next(line for line in ctx.warnings if "90.0% of an output's variance" in line)
+    assert ("int8(portable=true)" in told) != portable
 
 
 def test_products_behind_an_operator_of_another_domain() -> None:
