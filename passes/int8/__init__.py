@@ -17,6 +17,7 @@ from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.saturation import saturates_here
+from onnxslim.sharing import deduplicate_initializers
 from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes, protect_pools
 
 # Share of an output's variance that integer kernels may take where nobody said what int8 may cost.
@@ -107,6 +108,7 @@ class Int8(Pass):
         if not products:
             return _nothing(layers, reasons, figures)
         qdq.insert(draft, ready.plan(ready.choose(products)))
+        deduplicate_initializers(draft)  # a weight that several layers read has been stored for each of them
         forget_ranks(draft, set(guessed))
         figures |= self._saturation(ready, products, ctx)
         total = sum(ready.macs.values())
