@@ -18,6 +18,7 @@ from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, 
 from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.restoring import parts
 from onnxslim.saturation import saturates_here
+from onnxslim.sharing import deduplicate_initializers
 from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes, protect_pools
 
 # Share of an output's variance that integer kernels may take where nobody said what int8 may cost.
@@ -108,6 +109,7 @@ class Int8(Pass):
         if not products:
             return _nothing(layers, reasons, figures)
         qdq.insert(draft, ready.plan(ready.choose(products)))
+        deduplicate_initializers(draft)  # a weight that several layers read has been stored for each of them
         forget_ranks(draft, set(guessed))
         figures |= self._saturation(ready, products, ctx)
         total = sum(ready.macs.values())

@@ -72,7 +72,8 @@ class Layer:
     def residual(self) -> str | None:
         """Name of the value that is added to this layer's output and was computed before it, or None.
 
-        What is wrong with that value can be put right by this layer, since only the sum is read.
+        What is wrong with that value can be put right by this layer, since only the sum is read; not where the output
+        is spread over it, which gives an error per element and one output for all of them.
         """
         node = self.site.node
         seen = {node.outputs[0]}
@@ -87,7 +88,8 @@ class Layer:
             if not is_constant(other):
                 producer = other.producer()
                 before = producer is not None and producer.graph is node.graph and _precedes(producer, node)
-                return other.name if before and other.shape == user.outputs[0].shape else None
+                alike = other.shape == user.outputs[0].shape == node.outputs[0].shape
+                return other.name if before and alike else None
             output = user.outputs[0]
             seen.add(output)
         return None

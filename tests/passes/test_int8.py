@@ -222,3 +222,19 @@ def test_products_behind_an_operator_of_another_domain() -> None:
     quantized, outcome = run(model, Int8(fidelity=0, measure=False, portable=True), samples((16, 64)))
     assert outcome.stats["int8_layers"] == 2
     assert error(model, quantized, samples((16, 64))[0]) < 0.05
+
+
+def test_a_weight_that_layers_share_is_stored_once() -> None:
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["first"]),
+        helper.make_node("Gemm", ["x", "w", "c"], ["second"]),
+        helper.make_node("Mul", ["first", "second"], ["y"]),
+    ]
+    weights = {"w": RNG.standard_normal((64, 64)).astype(np.float32) / 8}
+    weights |= {name: RNG.standard_normal(64).astype(np.float32) / 8 for name in "bc"}
+    model = build(nodes, weights, [16, 64])
+    quantized, outcome = run(model, Int8(fidelity=0, measure=False), samples((16, 64)))
+    assert outcome.stats["int8_layers"] == 2
+    stored = [v for v in quantized.graph.initializers.values() if v.const_value is not None and v.const_value.size > 64]
+    assert [v.dtype for v in stored] == [ir.DataType.INT8]
+    assert error(model, quantized, samples((16, 64))[0]) < 0.05

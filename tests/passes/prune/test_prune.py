@@ -329,3 +329,25 @@ def test_a_budget_for_a_model_that_cannot_shrink_says_why(passes: str) -> None:
     assert result.exit_code == 0
     assert any("no channels can leave" in line and "cannot be cut" in line for line in result.report.warnings)
     assert not any("no channels can leave" in line for line in onnxslim.optimize(model, "prune").report.warnings)
+
+
+def test_a_layer_whose_output_is_spread_over_another_is_refitted_alone() -> None:
+    rng = np.random.default_rng(4)
+    sizes = {"w": (6, 24), "once": (24, 1), "each": (6, 3)}
+    weights = [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in sizes.items()]
+    nodes = [
+        helper.make_node("MatMul", ["x", "each"], ["scores"]),
+        helper.make_node("MatMul", ["x", "w"], ["hidden"]),
+        helper.make_node("Relu", ["hidden"], ["active"]),
+        helper.make_node("MatMul", ["active", "once"], ["quality"]),
+        helper.make_node("Add", ["scores", "quality"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 6])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])
+    graph = helper.make_graph(nodes, "spread", [x], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    samples = {"x": rng.standard_normal((64, 6)).astype(np.float32)}
+    result = onnxslim.optimize(model, "prune(ratio=0.3)", calibration=samples)
+    assert result.exit_code == 0
+    assert cost.parameters(result.model) <= 0.7 * cost.parameters(model_io.load(model))
+    assert not any("undone" in line for line in result.report.warnings)
