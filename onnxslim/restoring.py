@@ -1,7 +1,7 @@
 """Which layers go back to what they were so that the outputs keep the fidelity asked for.
 
 Fidelity is 1 minus the noise of the worst output (`probe.noise`) on samples that nothing was learned from, where there
-are enough of them.
+are enough of them, and a standard error less: so that it holds on other samples of the kind too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ WORK_PER_TRIAL, WORK = 4e10, 3e11
 # Single layers that do not fit in before the more harmful ones are not tried any more.
 MOST_REFUSED = 3
 
+# Standard errors by which the noise of other samples may be more than that of those that judge.
+DOUBT = 1.0
 # Share of the samples that are held out to judge.
 HELD_OUT = 0.25
 
@@ -54,8 +56,8 @@ class Judge:
         self.exact: list[list[np.ndarray]] = [self.run(feed, ()) for feed in self.feeds]
 
     def noise(self, chosen: Collection[str]) -> float:
-        """Of the worst output."""
-        return noise([(e, self.run(f, chosen)) for e, f in zip(self.exact, self.feeds, strict=True)])
+        """Of the worst output, and what the few samples leave open."""
+        return noise([(e, self.run(f, chosen)) for e, f in zip(self.exact, self.feeds, strict=True)], DOUBT)
 
     def hardest_first(self, chosen: Collection[str]) -> None:
         """Order the samples by the noise that ``chosen`` makes on them: few samples then show what matters."""

@@ -58,3 +58,21 @@ def test_a_simulation_holds_its_weights_once_and_leaves_those_of_the_model(proto
     assert not np.array_equal(plain[0], without[0])
     assert np.ptp(without[0], axis=0).max() == 0  # nothing but the bias is left
     assert model_io.to_bytes(model) == before
+
+
+def test_the_standard_error_is_that_of_drawing_other_samples() -> None:
+    """The noise of as many other samples scatters by it."""
+    rng = np.random.default_rng(0)
+
+    def samples(count: int) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+        exact = rng.standard_normal((count, 50)) * rng.lognormal(0, 0.5, (count, 1))
+        error = rng.standard_normal((count, 50)) * rng.lognormal(0, 1, (count, 1)) / 10
+        return [([x], [x + e]) for x, e in zip(exact, error, strict=True)]
+
+    drawn = [samples(24) for _ in range(300)]
+    plain = np.array([noise(pairs) for pairs in drawn])
+    doubts = np.array([noise(pairs, 1.0) for pairs in drawn]) - plain
+    assert 0.8 * plain.std() < np.sqrt(np.mean(np.square(doubts))) < 1.1 * plain.std()
+    alike = [([EXACT], [EXACT + np.float32(0.5)])] * 5
+    assert noise(alike, 1.0) == pytest.approx(noise(alike))
+    assert noise(alike[:1], 1.0) == noise(alike[:1])
