@@ -236,7 +236,10 @@ def _from_arrays(arrays: Sample, origin: str, specs: Sequence[InputSpec], what: 
         raise DataError(f"{what} data: {origin}: array {scalars[0]!r} is a scalar; samples are counted on axis 0")
     counts = {name: len(a) for name, a in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise DataError(f"{what} data: {origin}: arrays disagree on the number of samples (axis 0): {counts}")
+        raise DataError(
+            f"{what} data: {origin}: arrays disagree on the number of samples (axis 0): {counts}; samples that are fed "
+            "as they are, each in a .npz file of its own, may lie in a folder"
+        )
     # A model with a fixed batch of B takes B rows at a time.
     batch = next((s.shape[0] for s in specs if s.shape and s.shape[0] is not None), 1) or 1
     rows = next(iter(counts.values()), 0)
