@@ -134,7 +134,6 @@ class Switched:
         for name in self.values:
             value = values[name]
             uses = list(value.uses())
-            others = [use for use in uses if use.node not in products]
             outputs = graph.outputs if value.graph is None else value.graph.outputs
             params = constants[owner.get(name, name)]
             q = _loose(graph, "QuantizeLinear", [value, *params])
@@ -147,7 +146,7 @@ class Switched:
                     for who in ("all", "others")
                 )
             for use in uses:
-                use.node.replace_input_with(use.idx, read if use in others else stored)
+                use.node.replace_input_with(use.idx, stored if use.node in products else read)
             for index, output in enumerate(outputs):
                 if output is value:
                     outputs[index] = read
@@ -298,9 +297,9 @@ def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]], do
     ``pairs`` are (exact outputs, other outputs) of each sample; errors and variances are summed over the samples.
     Sequences may give more arrays for one sample than for another; an array of another shape is lost altogether.
     Against the variance, so that a constant offset of an output does not hide errors, which is at least what rounding
-    makes of numbers of that size. Where the exact result is NaN or
-    infinite nothing can be told; infinity where that is all there is. ``doubt`` standard errors are added: what other
-    samples of the same kind may show (of a ratio of sums; Cochran: Sampling Techniques, 6.4).
+    makes of numbers of that size. Where the exact result is NaN or infinite nothing can be told; infinity where that is
+    all there is. ``doubt`` standard errors are added: what other samples of the same kind may show (of a ratio of sums;
+    Cochran: Sampling Techniques, 6.4).
     """
     worst = 0.0
     seen = told = 0

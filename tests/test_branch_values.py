@@ -19,7 +19,7 @@ from onnxslim.passes.prune import Prune
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from coupled_graphs import Builder
+from graph_builder import Builder
 
 from bench.oracle import TOLERANCE, difference, some_units
 

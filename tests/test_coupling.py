@@ -21,7 +21,8 @@ from onnxslim.graph import constant
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from coupled_graphs import CASES, Builder, Case, image, tokens
+from coupled_graphs import CASES, Case
+from graph_builder import Builder, image, tokens
 
 from bench.oracle import TOLERANCE, difference, some_units
 

@@ -19,7 +19,7 @@ from onnxslim.passes.prune.record import composed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from coupled_graphs import Builder
+from graph_builder import Builder
 
 MODEL = Path(__file__).parents[3] / "models" / "fmnist_cnn.onnx"
 

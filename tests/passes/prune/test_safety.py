@@ -17,7 +17,7 @@ from onnxslim.passes.prune import Prune, safety
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from coupled_graphs import Builder, image
+from graph_builder import Builder, image
 
 
 @pytest.fixture
