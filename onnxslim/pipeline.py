@@ -167,10 +167,13 @@ def strictest(passes: Sequence[Pass]) -> Effect:
 
 def _split(text: str) -> Iterator[tuple[str, str]]:
     """Cut at commas outside parentheses, brackets and quotes into (name, options)."""
-    depth, quote, start = 0, "", 0
+    depth, quote, start, escaped = 0, "", 0, False
     parts: list[str] = []
     for k, char in enumerate(text):
-        if quote:
+        if escaped:
+            escaped = False
+        elif quote:
+            escaped = char == "\\"
             quote = "" if char == quote else quote
         elif char in "'\"":
             quote = char

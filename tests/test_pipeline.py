@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from onnxslim import model as model_io
@@ -63,6 +63,7 @@ _TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_si
         ),
     )
 )
+@example(Options(word="\\'\"(", shares={"'\"\\": 0.5}))
 def test_text_of_a_pass_reads_back_as_the_same_pass(item: Options) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "find", lambda name: Options)

@@ -118,8 +118,11 @@ def multiply_pair(work: Work, both: Pair, *, any_size: bool = False) -> tuple[Li
     if b1 is None or b2 is None:
         return "the bias of one of the two linear operators is no constant per output channel"
     if both.between is not None:
-        offset = along(both.between.offset, first.out_axis, first.outputs, first.rank)
-        if offset is None:
+        # A scale of ones may still spread the data over more elements.
+        scale, offset = (
+            along(a, first.out_axis, first.outputs, first.rank) for a in (both.between.scale, both.between.offset)
+        )
+        if scale is None or offset is None:
             return "a constant in between varies along another axis than the channels"
         b1 = b1 + offset
     if np.any(b1) and not second.uniform:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,13 @@ def test_products_of_matrices_are_merged_when_that_has_no_more_weights() -> None
     assert through(8) == ["MatMul", "Add"]
     assert through(3) == ["MatMul", "Add"]
     assert through(2) == ["MatMul", "MatMul", "Add"]
+
+
+@pytest.mark.parametrize(("size", "left"), [(1, ["Conv"]), (2, ["MatMul", "Mul", "Conv"])])
+def test_ones_in_between_may_spread_the_data(size: int, left: list[str]) -> None:
+    nodes = [node("MatMul", "v x", "p"), node("Mul", "p ones", "q"), node("Conv", "q w b")]
+    parts = {"v": normal(2, 3), "ones": np.ones(size, np.float32), "w": normal(1, 2, 1), "b": normal(1)}
+    assert operators(fold(net(nodes, {"x": [2, 3, 1]}, parts), {"x": normal(2, 3, 1)})) == left
 
 
 def test_gemm_products_keep_all_their_factors() -> None:
