@@ -96,13 +96,21 @@ def _losing(
         reason = slower_layer(then, now)
         if reason is not None:
             losing[name] = reason
-    for group in regions(ready.units, chosen):
-        inside = [n for n in products if n in group and n not in losing]
+    # What loses by itself is in float when the rest of its region is judged, which then starts and ends at it.
+    alone = set(losing)
+    for group in regions(ready.units, ready.choose([n for n in products if n not in alone])):
+        inside = [n for n in products if n in group]
         before = sum(spent(n, float_times) for n in group)
-        conversions = [f"{v}_{op}" for v in stored_values(ready.units, group) for op in rate]
-        after = sum(spent(n, times) for n in group) + sum(times.get(c, 0.0) for c in conversions)
+        after = sum(spent(n, times) for n in group)
+        for value in stored_values(ready.units, group):
+            size = ready.sizes.get(value, 0.0)
+            cut = {
+                "QuantizeLinear": writer.get(value) in alone,
+                "DequantizeLinear": any(r in alone for r in readers.get(value, ())) and writer.get(value) in group,
+            }
+            after += sum(times.get(f"{value}_{op}", rate[op] * size if cut[op] else 0.0) for op in rate)
         reason = slower_layer(before, after)
-        if inside and reason is not None:
+        if reason is not None:
             losing.update(dict.fromkeys(inside, f"its region is {reason}"))
     return losing
 
