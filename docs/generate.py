@@ -32,8 +32,10 @@ def page(name: str) -> str:
     meanings = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", options, re.MULTILINE))
     lines = [f"# {name}", "", body.strip(), "", f"Promise: {PROMISES[cls.effect]}.", ""]
     if cls.wants:
-        links = ", ".join(f"[{other}]({other}.md)" for other in cls.wants)
+        links = ", ".join(map(_link, cls.wants))
         lines += [f"Runs before it, unless it has already: {links}.", ""]
+    if cls.then:
+        lines += [f"Runs behind it, unless it is named elsewhere: {_link(cls.then)}.", ""]
     if cls.needs_data:
         lines += ["It needs calibration data (`--calib`).", ""]
     fields = dataclasses.fields(cls)
@@ -48,6 +50,12 @@ def page(name: str) -> str:
             lines.append(f"| `{field.name}` | {kind} | {shown} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _link(text: str) -> str:
+    """A pass, as the user writes it, that leads to its page."""
+    (item,) = pipeline.parse(text)
+    return f"[{text}]({item.name}.md)"
 
 
 def pages() -> dict[Path, str]:

@@ -99,7 +99,9 @@ class Pass(abc.ABC):
     Class attributes:
         name: what the user types.
         effect: the promise, see `Effect`.
-        wants: names of passes that should have run before; the pipeline inserts them when missing.
+        wants: passes, as the user writes them, that should have run before; the pipeline inserts them when missing.
+        then: passes that should run next; the pipeline inserts them unless the user named them anywhere.
+        does: names of passes whose work it does itself, so that no other pass needs them behind it.
         needs_data: True when the pass reads ``ctx.calibration``.
         last: True when no pass that changes weights may follow (quantization).
     """
@@ -107,6 +109,8 @@ class Pass(abc.ABC):
     name: ClassVar[str]
     effect: ClassVar[Effect]
     wants: ClassVar[Sequence[str]] = ()
+    then: ClassVar[str] = ""
+    does: ClassVar[Sequence[str]] = ()
     needs_data: ClassVar[bool] = False
     last: ClassVar[bool] = False
 

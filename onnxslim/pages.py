@@ -60,6 +60,8 @@ def pass_page(name: str) -> RenderableType:
     parts: list[RenderableType] = [Text(introspection.getdoc(cls) or ""), Text(), Text(f"promise: {cls.effect.value}")]
     if cls.wants:
         parts.append(Text(f"runs before it: {', '.join(cls.wants)}"))
+    if cls.then:
+        parts.append(Text(f"runs behind it: {cls.then}"))
     if dataclasses.fields(cls):
         parts += [Text(), options]
     return Group(*parts)

@@ -76,27 +76,38 @@ def parse(text: str) -> list[Pass]:
 
 
 def complete(passes: Sequence[Pass]) -> list[Pass]:
-    """``passes`` with what they want inserted before them, in the order that will run.
+    """``passes`` with what they want inserted before and behind them, in the order that will run.
 
     Raises:
         UsageError: a pass that changes weights stands after one that must be last (quantization).
     """
     result: list[Pass] = []
     seen: set[str] = set()
+    named = {item.name for item in passes}
 
     def add(item: Pass, above: tuple[str, ...] = ()) -> None:
-        for name in item.wants:
-            if name not in seen and name not in above:  # two passes that want each other: the first one asked leads
-                add(find(name)(), (*above, item.name))
+        for wanted in _wants(item):
+            if wanted.name not in seen and wanted.name not in above:  # of two that want each other the first leads
+                add(wanted, (*above, item.name))
         closing = next((p for p in result if p.last), None)
-        if closing is not None and not item.last and item.name not in closing.wants:
+        if closing is not None and not item.last and item.name not in {p.name for p in _wants(closing)}:
             raise UsageError(f"{item.name} must come before {closing.name}: write {item.name},{closing.name}")
         seen.add(item.name)
         result.append(item)
 
-    for item in passes:
+    for k, item in enumerate(passes):
         add(item)
+        later = passes[k + 1 :]
+        done = named | seen | {name for p in later for name in p.does}
+        for follower in parse(item.then) if item.then and item.then not in {p.then for p in later} else ():
+            if follower.name not in done:
+                add(follower)
     return result
+
+
+def _wants(item: Pass) -> list[Pass]:
+    """The passes that ``item`` wants before it."""
+    return [wanted for text in item.wants for wanted in parse(text)]
 
 
 @dataclasses.dataclass

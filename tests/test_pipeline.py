@@ -203,6 +203,31 @@ def test_passes_that_want_each_other_end(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [p.name for p in pipeline.complete([One()])] == ["two", "one"]
 
 
+def test_complete_inserts_passes_with_the_options_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wide(Options):
+        name: ClassVar[str] = "wide"
+        wants: ClassVar[tuple[str, ...]] = ("fuse(opset=0)",)
+
+    found = pipeline.complete([Wide()])
+    assert [str(p) for p in found] == ["simplify", "fold", "fuse(opset=0)", "wide"]
+    assert [str(p) for p in pipeline.complete([*pipeline.parse("fuse(opset=17)"), Wide()])][2] == "fuse(opset=17)"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prune", "simplify,fold,prune,fuse(opset=0)"),
+        ("prune(lossless=true),prune", "simplify,fold,prune(lossless=true),prune,fuse(opset=0)"),
+        ("prune,fp16", "simplify,fold,prune,fuse(opset=0),fp16"),
+        ("prune,fuse,fp16", "simplify,fold,prune,fuse,fp16"),
+        ("fuse,prune", "simplify,fold,fuse,prune"),
+        ("prune,int8", "simplify,fold,prune,int8"),  # int8 fuses what it leaves in float
+    ],
+)
+def test_complete_inserts_what_runs_behind_a_pass_once(text: str, expected: str) -> None:
+    assert ",".join(str(p) for p in pipeline.complete(pipeline.parse(text))) == expected
+
+
 def _context() -> Context:
     return Context(Data("nothing", 0, lambda k: {}, ()))
 

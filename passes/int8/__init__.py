@@ -15,6 +15,7 @@ from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
+from onnxslim.passes.int8.remainder import Remainder
 from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.restoring import parts
 from onnxslim.saturation import saturates_here
@@ -36,8 +37,10 @@ class Int8(Pass):
     layers where this leaves the function as it is, and biases absorb the mean error of their layer afterwards.
 
     Layers go back to float until the outputs of held-out samples keep the fidelity asked for, and wherever int8 is
-    measured slower. Without calibration data nothing is done: static ranges would be guesses. For the same reason what
-    is in the branch of an If stays in float where no sample takes the branch, and so does the body of a Loop or Scan.
+    measured slower. What is in float is fused, as by ``fuse(opset=0)``, before the two are compared.
+
+    Without calibration data no layer is stored: static ranges would be guesses. For the same reason what is in the
+    branch of an If stays in float where no sample takes the branch, and so does the body of a Loop or Scan.
 
     Options:
         fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
@@ -59,6 +62,7 @@ class Int8(Pass):
     name: ClassVar[str] = "int8"
     effect: ClassVar[Effect] = Effect.LOSSY
     wants: ClassVar[Sequence[str]] = ("simplify", "fold")
+    does: ClassVar[Sequence[str]] = ("fuse",)
     needs_data: ClassVar[bool] = True
     last: ClassVar[bool] = True
 
@@ -76,6 +80,13 @@ class Int8(Pass):
         self.require(self.samples >= 1, f"samples={self.samples} must be at least 1")
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+        outcome = self._quantize(model, ctx)
+        if not outcome.stats["int8_layers"]:  # all of it is the remainder
+            fused = Remainder(model, ctx.calibration, ctx).model
+            model.graph = fused.graph
+        return outcome
+
+    def _quantize(self, model: ir.Model, ctx: Context) -> Outcome:
         layers = _layers(model)
         target = self.target or ctx.target
         blocked = self._blocked(ctx, target)
@@ -106,10 +117,12 @@ class Int8(Pass):
             reasons[name] = "its input or result had no finite value" + (
                 ": no sample takes the branch it is in" if inside else ""
             )
-        products, figures = self._search(draft, ready, held_out, ctx, reasons, timed)
+        remainder = Remainder(draft, held_out, ctx)
+        products, figures = self._search(draft, ready, held_out, remainder, ctx, reasons, timed)
         if not products:
             return _nothing(layers, reasons, figures)
         qdq.insert(draft, ready.plan(ready.choose(products)))
+        remainder.fuse(draft)
         deduplicate_initializers(draft)  # a weight that several layers read has been stored for each of them
         forget_ranks(draft, set(guessed))
         figures |= self._saturation(ready, products, ctx)
@@ -167,7 +180,14 @@ class Int8(Pass):
         return REFUSED.get(target)
 
     def _search(
-        self, model: ir.Model, ready: Prepared, held_out: Data, ctx: Context, reasons: dict[str, str], timed: bool
+        self,
+        model: ir.Model,
+        ready: Prepared,
+        held_out: Data,
+        remainder: Remainder,
+        ctx: Context,
+        reasons: dict[str, str],
+        timed: bool,
     ) -> tuple[list[str], dict[str, Any]]:
         """The products that stay on integers; adds the others to ``reasons``."""
         figures: dict[str, Any] = {}
@@ -176,7 +196,7 @@ class Int8(Pass):
         figures["fidelity"] = round(1 - lost, 5)
         if products and timed:
             feeds = list(held_out.spread(4).feeds())
-            fast = speed.search(model, ready, products, feeds, ctx)
+            fast = speed.search(model, ready, products, feeds, remainder, ctx)
             products = fast.products
             reasons.update(fast.reasons)
             figures["speedup"] = {name: round(value, 3) for name, value in fast.speeds.items()}

@@ -12,7 +12,8 @@ from onnxslim import qdq, runtime
 from onnxslim.choice import fastest, slower_layer
 from onnxslim.contract import Context
 from onnxslim.passes.int8.prepare import Prepared
-from onnxslim.units import connect, regions, stored_values
+from onnxslim.passes.int8.remainder import Remainder
+from onnxslim.units import Unit, connect, regions, stored_values
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
@@ -26,18 +27,21 @@ class Found:
     speeds: dict[str, float]
 
 
-def search(model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, ctx: Context) -> Found:
+def search(
+    model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, remainder: Remainder, ctx: Context
+) -> Found:
     """Find the products that are faster on integers than in float.
 
     Two rounds drop what the kernel times say loses, conversions included; then the float model and every candidate
-    are timed in turn, and the fastest stays. With nothing faster than float, nothing stays on integers.
+    are timed in turn, and the fastest stays. With nothing faster than float, nothing stays on integers. All models are
+    timed with what is in float fused.
     """
     ep = ready.profile.ep
     # Other providers run most of a model as one node: only the whole can be timed.
-    float_times = runtime.profile(model, feeds, threads=ctx.threads) if ep == "cpu" else {}
+    float_times = _float_times(model, ready, products, feeds, remainder, ctx) if ep == "cpu" else {}
     candidates: dict[str, list[str]] = {"all": products}
     reasons: dict[str, str] = {}
-    models = {"all": insert(model, ready, products)}
+    models = {"all": remainder.fuse(insert(model, ready, products))}
     kept = products
     for name in ("restored", "restored twice") if ep == "cpu" else ():
         times = runtime.profile(models[next(reversed(models))], feeds, threads=ctx.threads)
@@ -46,8 +50,8 @@ def search(model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, 
             break
         reasons.update(losing)
         kept = [n for n in kept if n not in losing]
-        candidates[name], models[name] = kept, insert(model, ready, kept)
-    choice = fastest(model, models, feeds, ctx, ep=ep)
+        candidates[name], models[name] = kept, remainder.fuse(insert(model, ready, kept))
+    choice = fastest(remainder.model, models, feeds, ctx, ep=ep)
     if choice.name is None:
         return Found([], dict.fromkeys(products, choice.refusal), choice.speeds)
     gone = set(products) - set(candidates[choice.name])
@@ -61,6 +65,31 @@ def insert(model: ir.Model, ready: Prepared, products: Collection[str]) -> ir.Mo
     return clone
 
 
+def _float_times(
+    model: ir.Model, ready: Prepared, products: Sequence[str], feeds: Feeds, remainder: Remainder, ctx: Context
+) -> dict[str, float]:
+    """Milliseconds of every node in float, by the names it has in ``model``; of the fused model as far as it has them.
+
+    A product that became part of another one takes the time that it took by itself.
+    """
+    times = runtime.profile(remainder.model, feeds, threads=ctx.threads)
+    merged = [n for n in products if not _spent(ready.units[n], times)]
+    if merged and remainder.done:
+        plain = runtime.profile(model, feeds, threads=ctx.threads)
+        names = {name for n in merged for name in _names(ready.units[n])}
+        times |= {name: plain[name] for name in names if name in plain}
+    return times
+
+
+def _names(unit: Unit) -> set[str]:
+    """What a profile may call the nodes of ``unit``: their own names, or those of their results."""
+    return {n.name or "" for n in unit.nodes} | {v.name or "" for n in unit.nodes for v in n.outputs}
+
+
+def _spent(unit: Unit, times: Mapping[str, float]) -> float:
+    return sum(times.get(name, 0.0) for name in _names(unit))
+
+
 def _losing(
     ready: Prepared, products: Sequence[str], float_times: Mapping[str, float], times: Mapping[str, float]
 ) -> dict[str, str]:
@@ -71,14 +100,9 @@ def _losing(
     rate = {op: _per_element(ready, times, stored, op) for op in ("QuantizeLinear", "DequantizeLinear")}
     losing: dict[str, str] = {}
 
-    def spent(name: str, source: Mapping[str, float]) -> float:
-        unit = ready.units[name]
-        names = {n.name or "" for n in unit.nodes} | {v.name or "" for n in unit.nodes for v in n.outputs}
-        return sum(source.get(n, 0.0) for n in names)
-
     for name in products:
         unit = ready.units[name]
-        now, then = spent(name, times), spent(name, float_times)
+        now, then = _spent(unit, times), _spent(unit, float_times)
         if now == 0 or then == 0:  # merged with something else: only the whole model can tell
             continue
         for value in unit.inputs:
@@ -100,8 +124,8 @@ def _losing(
     alone = set(losing)
     for group in regions(ready.units, ready.choose([n for n in products if n not in alone])):
         inside = [n for n in products if n in group]
-        before = sum(spent(n, float_times) for n in group)
-        after = sum(spent(n, times) for n in group)
+        before = sum(_spent(ready.units[n], float_times) for n in group)
+        after = sum(_spent(ready.units[n], times) for n in group)
         for value in stored_values(ready.units, group):
             size = ready.sizes.get(value, 0.0)
             cut = {

@@ -83,6 +83,7 @@ class Prune(Pass):
     name: ClassVar[str] = "prune"
     effect: ClassVar[Effect] = Effect.LOSSY
     wants: ClassVar[Sequence[str]] = ("simplify", "fold")
+    then: ClassVar[str] = "fuse(opset=0)"  # channels leave before it: a product of several is harder to make narrower
     needs_data: ClassVar[bool] = True
 
     ratio: float | None = None
