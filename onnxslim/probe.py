@@ -139,14 +139,16 @@ class Switched:
             q = _loose(graph, "QuantizeLinear", [value, *params])
             dq = _loose(graph, "DequantizeLinear", [q.outputs[0], *params])
             stored = read = _either(graph, f"on:{name}", [q, dq], _same(graph, value), value)
+            own: dict[ir.Node | None, ir.Value] = {}
             if len({use.node for use in uses}) + (value in outputs) > 1:
                 self.shared[name] = [r for r in readers.get(name, ()) if r not in self.products]
-                unstored[name], read = (
-                    _either(graph, f"{who}:{name}", _same(graph, stored), _same(graph, value), stored)
-                    for who in ("all", "others")
-                )
+                unstored[name] = read = _either(graph, f"all:{name}", _same(graph, stored), _same(graph, value), stored)
+                for r in self.shared[name]:
+                    own[self.units[r].node] = _either(
+                        graph, f"{r} reads {name}", _same(graph, stored), _same(graph, value), stored
+                    )
             for use in uses:
-                use.node.replace_input_with(use.idx, stored if use.node in products else read)
+                use.node.replace_input_with(use.idx, stored if use.node in products else own.get(use.node, read))
             for index, output in enumerate(outputs):
                 if output is value:
                     outputs[index] = read
@@ -186,7 +188,7 @@ class Switched:
         for name, units in self.shared.items():
             told = name in self.merged or self.writer.get(name) in chosen
             switches[f"all:{name}"] = np.array(told)
-            switches[f"others:{name}"] = np.array(told or any(unit in chosen for unit in units))
+            switches.update((f"{unit} reads {name}", np.array(told or unit in chosen)) for unit in units)
         switches.update((f"w:{n}", np.array(n in chosen)) for n in self.products)
         return runtime.arrays(runtime.run(self.runner, {**feeds, **switches}))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import onnx_ir as ir
 
@@ -316,15 +316,17 @@ def stored_values(units: Mapping[str, Unit], chosen: Iterable[str]) -> list[str]
     return list(found)
 
 
-def settle(units: Mapping[str, Unit], products: Iterable[str], sizes: Mapping[str, float]) -> frozenset[str]:
+def settle(
+    units: Mapping[str, Unit], products: Iterable[str], sizes: Mapping[str, float], barred: Collection[str] = ()
+) -> frozenset[str]:
     """The ``products`` and every glue or move between them that is cheaper on integers than in float.
 
     A glue unit is worth it when more elements reach or leave it already stored than would have to be converted for it:
     the inputs that chosen units write and the output if a chosen unit reads it, against the rest. ``sizes`` are
-    elements per value. Starts from all units and drops the worst until none is worse than float.
+    elements per value. Starts from all units but the ``barred`` ones, drops the worst until none loses.
     """
     products = frozenset(products)
-    chosen = {n for n, u in units.items() if n in products or u.kind is not Kind.PRODUCT}
+    chosen = {n for n, u in units.items() if n in products or (u.kind is not Kind.PRODUCT and n not in barred)}
     writer, readers = connect(units)
 
     def gain(unit: Unit) -> float:

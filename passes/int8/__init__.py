@@ -36,8 +36,9 @@ class Int8(Pass):
     one is taken that disturbs the products behind it least. Before that, channels are centred and equalized across
     layers where this leaves the function as it is, and biases absorb the mean error of their layer afterwards.
 
-    Layers go back to float until the outputs of held-out samples keep the fidelity asked for, and wherever int8 is
-    measured slower. What is in float is fused, as by ``fuse(opset=0)``, before the two are compared.
+    Layers, and what lies between them, go back to float until the outputs of held-out samples keep the fidelity asked
+    for, and wherever int8 is measured slower. What is in float is fused, as by ``fuse(opset=0)``, before the two are
+    compared.
 
     Without calibration data no layer is stored: static ranges would be guesses. For the same reason what is in the
     branch of an If stays in float where no sample takes the branch, and so does the body of a Loop or Scan.
@@ -118,7 +119,8 @@ class Int8(Pass):
                 ": no sample takes the branch it is in" if inside else ""
             )
         remainder = Remainder(draft, held_out, ctx)
-        products, figures = self._search(draft, ready, held_out, remainder, ctx, reasons, timed)
+        ready, figures = self._search(draft, ready, held_out, remainder, ctx, reasons, timed)
+        products = ready.products
         if not products:
             return _nothing(layers, reasons, figures)
         qdq.insert(draft, ready.plan(ready.choose(products)))
@@ -188,19 +190,19 @@ class Int8(Pass):
         ctx: Context,
         reasons: dict[str, str],
         timed: bool,
-    ) -> tuple[list[str], dict[str, Any]]:
-        """The products that stay on integers; adds the others to ``reasons``."""
+    ) -> tuple[Prepared, dict[str, Any]]:
+        """What stays on integers; adds the other products to ``reasons``."""
         figures: dict[str, Any] = {}
-        products, found, lost = accuracy.restore(model, ready, held_out, ctx, self.fidelity)
+        ready, found, lost = accuracy.restore(model, ready, held_out, ctx, self.fidelity)
         reasons.update(found)
         figures["fidelity"] = round(1 - lost, 5)
-        if products and timed:
+        if ready.products and timed:
             feeds = list(held_out.spread(4).feeds())
-            fast = speed.search(model, ready, products, feeds, remainder, ctx)
-            products = fast.products
+            fast = speed.search(model, ready, ready.products, feeds, remainder, ctx)
+            ready = dataclasses.replace(ready, products=fast.products)
             reasons.update(fast.reasons)
             figures["speedup"] = {name: round(value, 3) for name, value in fast.speeds.items()}
-        return products, figures
+        return ready, figures
 
 
 def _can_be_timed(profile: Profile, ctx: Context) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Sequence
+
 import onnx_ir as ir
 
 from onnxslim import runtime
@@ -10,6 +13,7 @@ from onnxslim.data import Data
 from onnxslim.passes.int8.prepare import Prepared
 from onnxslim.probe import Switched, noise
 from onnxslim.restoring import FEWEST, Judge, keep
+from onnxslim.units import Kind
 
 # A layer in float costs its MACs and the conversion of its inputs and outputs: so many MACs per element, and at least.
 MACS_PER_ELEMENT, MACS_PER_LAYER = 64, 1e6
@@ -17,25 +21,41 @@ MACS_PER_ELEMENT, MACS_PER_LAYER = 64, 1e6
 
 def restore(
     model: ir.Model, ready: Prepared, held_out: Data, ctx: Context, fidelity: float
-) -> tuple[list[str], dict[str, str], float]:
-    """Products that stay on integers so that noise is at most 1 - ``fidelity``, the others with the reason, the noise.
+) -> tuple[Prepared, dict[str, str], float]:
+    """What stays on integers so that noise is at most 1 - ``fidelity``, the other products with the reason, the noise.
 
-    Layers leave in the order of noise per cost.
+    Products leave in the order of noise per cost, and so does what lies between them: where one sum or activation has
+    no range that suits it, the layers around it can stay.
     """
-    products = list(ready.products)
-    switched = Switched(model, ready.plan(ready.choose(products)), ctx.threads)
+    everything = ready.choose(ready.products)
+    names = [n for n in ready.units if n in everything]
+    between = [n for n in names if ready.units[n].kind is not Kind.PRODUCT]
+    switched = Switched(model, ready.plan(everything), ctx.threads)
     judge = Judge(switched, held_out, sum(ready.macs.values()), ctx)
-    judge.hardest_first(ready.choose(products))
+    judge.hardest_first(everything)
 
     def price(name: str) -> float:
         unit = ready.units[name]
         elements = sum(ready.sizes.get(v, 0.0) for v in (*unit.inputs, *unit.outputs))
-        return ready.macs[name] + MACS_PER_ELEMENT * elements + MACS_PER_LAYER
+        return ready.macs.get(name, 0) + MACS_PER_ELEMENT * elements + MACS_PER_LAYER
 
     budget = 1 - fidelity if fidelity else float("inf")
-    kept = keep(products, budget, lambda names: judge.noise(ready.choose(names)), judge.rank, price)
-    reasons = {n: f"in int8 it alone takes {lost:.2%} of an output's variance" for n, lost in kept.restored.items()}
-    return kept.names, reasons, kept.noise
+
+    def only(names: Collection[str]) -> Prepared:
+        barred = frozenset(between).difference(names)
+        return dataclasses.replace(ready, products=[n for n in ready.products if n in names], barred=barred)
+
+    def noise_of(names: Sequence[str]) -> float:
+        part = only(names)
+        return judge.noise(part.choose(part.products))
+
+    kept = keep(names, budget, noise_of, judge.rank, price)
+    reasons = {
+        n: f"in int8 it alone takes {lost:.2%} of an output's variance"
+        for n, lost in kept.restored.items()
+        if n not in between
+    }
+    return only(kept.names), reasons, kept.noise
 
 
 def kernel_noise(model: ir.Model, data: Data, ctx: Context) -> float:

@@ -39,6 +39,7 @@ class Prepared:
         saturating: products whose sums of two products would not fit into 16 bits, which CPUs without VNNI have.
         narrow: those of them whose weights are kept smaller for that reason.
         profile: the execution provider that is served.
+        barred: glue and moves that stay in float.
     """
 
     units: dict[str, Unit]
@@ -52,10 +53,11 @@ class Prepared:
     saturating: list[str]
     narrow: list[str]
     profile: Profile
+    barred: frozenset[str] = frozenset()
 
     def choose(self, products: Collection[str]) -> frozenset[str]:
         """``products`` and the glue and moves worth having with them."""
-        return settle(self.units, products, self.sizes)
+        return settle(self.units, products, self.sizes, self.barred)
 
     def plan(self, chosen: Collection[str]) -> Plan:
         """The plan that runs ``chosen`` on integers."""
