@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Mapping
 import onnx_ir as ir
 
 from onnxslim.graph import (
-    add_node,
     attribute,
     constant,
     fresh_name,
@@ -110,23 +109,6 @@ def _name(model: ir.Model, nodes: Iterable[ir.Node]) -> None:
         if not node.name or node.name in seen:
             node.name = fresh_name(model.graph, node.name or f"{node.op_type}_{node.outputs[0].name}")
         seen.add(node.name)
-
-
-def protect_pools(model: ir.Model) -> None:
-    """Keep every AveragePool that counts its padding and rounds its size up from the integer kernel, in place.
-
-    ONNX Runtime's kernel also counts what the last window has beyond the padding, which the operator does not.
-    """
-    for node in list(in_branches(model.graph)):
-        counted = is_op(node, "AveragePool") and attribute(node, "count_include_pad", 0)
-        if not counted or not attribute(node, "ceil_mode", 0):
-            continue
-        if attribute(node, "auto_pad", "NOTSET") == "NOTSET" and not any(attribute(node, "pads", [])):
-            node.attributes.pop("count_include_pad")  # without padding there is none to count
-            continue
-        # The maximum of one operand is that operand; between it and the pool there is no pair.
-        same = add_node(model.graph, "Max", [node.inputs[0]], before=node, like=node.inputs[0])
-        node.replace_input_with(0, same.outputs[0])
 
 
 def find_units(model: ir.Model) -> tuple[dict[str, Unit], dict[str, str]]:

@@ -14,13 +14,14 @@ from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
+from onnxslim.passes.int8.lowering import convolve_normalizations, protect_pools
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.passes.int8.remainder import Remainder
 from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.restoring import parts
 from onnxslim.saturation import saturates_here
 from onnxslim.sharing import deduplicate_initializers
-from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes, protect_pools
+from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes
 
 # Share of an output's variance that integer kernels may take where nobody said what int8 may cost.
 NOISY = 0.02
@@ -100,6 +101,7 @@ class Int8(Pass):
         if reason is not None:
             return _nothing(layers, dict.fromkeys(layers, reason))
         protect_pools(draft)
+        convolve_normalizations(draft)
         name_all_nodes(draft)  # those that came with the operator set
         layers = _layers(draft)
         units, reasons = find_units(draft)

@@ -1,0 +1,58 @@
+"""Operators written otherwise, so that ONNX Runtime's integer kernels compute them, or compute them right."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxslim.graph import add_constant, add_node, attribute, in_branches, is_op, known_shape, remove_dead, replace
+from onnxslim.linear import batchnorm_statistics, float64, inference_batchnorm
+from onnxslim.units import saturating
+
+
+def protect_pools(model: ir.Model) -> None:
+    """Keep every AveragePool that counts its padding and rounds its size up from the integer kernel, in place.
+
+    ONNX Runtime's kernel also counts what the last window has beyond the padding, which the operator does not.
+    """
+    for node in list(in_branches(model.graph)):
+        counted = is_op(node, "AveragePool") and attribute(node, "count_include_pad", 0)
+        if not counted or not attribute(node, "ceil_mode", 0):
+            continue
+        if attribute(node, "auto_pad", "NOTSET") == "NOTSET" and not any(attribute(node, "pads", [])):
+            node.attributes.pop("count_include_pad")  # without padding there is none to count
+            continue
+        # The maximum of one operand is that operand; between it and the pool there is no pair.
+        same = add_node(model.graph, "Max", [node.inputs[0]], before=node, like=node.inputs[0])
+        node.replace_input_with(0, same.outputs[0])
+
+
+def convolve_normalizations(model: ir.Model) -> None:
+    """Make depthwise convolutions of one tap of the BatchNormalizations in front of convolutions, in place.
+
+    ``y = s x + t`` per channel has an integer kernel as a Conv only; in float ONNX Runtime's CPU provider runs both
+    alike. Data of four axes, float32.
+    """
+    for node in list(in_branches(model.graph)):
+        source = node.inputs[0] if node.inputs else None
+        if not inference_batchnorm(node) or source is None or len(known_shape(source) or ()) != 4:
+            continue
+        end = saturating(node.outputs[0]) or node
+        users = end.outputs[0].uses()
+        if source.dtype is not ir.DataType.FLOAT or not users or not all(is_op(use.node, "Conv") for use in users):
+            continue
+        mean, gain = batchnorm_statistics(node, float64)
+        scale, offset = (float64(v) for v in node.inputs[1:3] if v is not None)
+        weight, bias = (a.astype(np.float32) for a in (scale * gain, offset - scale * gain * mean))
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            continue
+        constants = [
+            add_constant(model.graph, f"{node.name}_scale", weight.reshape(-1, 1, 1, 1)),
+            add_constant(model.graph, f"{node.name}_offset", bias),
+        ]
+        attributes = {"group": len(bias)}
+        inputs = [source, *constants]
+        conv = add_node(model.graph, "Conv", inputs, before=node, attributes=attributes, like=node.outputs[0])
+        conv.name, node.name = node.name, None
+        replace(node.outputs[0], conv.outputs[0])
+        remove_dead(model.graph, start=[node])

@@ -1,0 +1,80 @@
+"""Operators written otherwise compute the same in float, and become integer kernels."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxslim import runtime
+from onnxslim.passes.int8.lowering import convolve_normalizations, protect_pools
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_units import CONV, FIRST, LAST, X, build, f, kernels, node, quantized
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+@pytest.mark.parametrize(("size", "pads"), [(3, [0, 0, 0, 0]), (3, [1, 1, 1, 1]), (4, [2, 0, 1, 3]), (50, [25] * 4)])
+def test_windows_that_reach_beyond_the_input(counted: int, size: int, pads: list[int]) -> None:
+    pool = node(
+        "AveragePool", ["c"], "p", kernel_shape=[size] * 2, strides=[3, 3], ceil_mode=1, count_include_pad=counted,
+        pads=pads,
+    )  # fmt: skip
+    model = build([FIRST, pool, node("Conv", ["p", "v"], "y")], CONV, X.shape)
+    draft = model.clone()
+    protect_pools(draft)
+    result, chosen = quantized(draft, X)
+    assert ("AveragePool_p" in chosen) == (not counted or not any(pads))
+    # ONNX Runtime's own optimizations move such windows of the float model too.
+    exact, same, found = (runtime.load(m, optimize=m is result)({"x": X})["y"] for m in (model, draft, result))
+    np.testing.assert_allclose(same, exact, rtol=1e-4, atol=1e-5)
+    assert np.linalg.norm(exact - found) < 0.05 * np.linalg.norm(exact)
+
+
+def normalization(source: str, output: str, **attributes: float) -> onnx.NodeProto:
+    return node("BatchNormalization", [source, "scale", "offset", "mean", "variance"], output, **attributes)
+
+
+STATISTICS = {"scale": f(16), "offset": f(16), "mean": f(16), "variance": np.linspace(0.01, 4, 16, dtype=np.float32)}
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_normalization_between_convolutions_runs_on_integers(relu: bool) -> None:
+    """Where it cannot be folded: two read what is in front of it."""
+    behind = [normalization("r", "n", epsilon=1e-3), node("Relu", ["n"], "m")] if relu else [normalization("r", "m")]
+    nodes = [FIRST, node("Add", ["c", "x"], "s"), node("Relu", ["s"], "r"), *behind, LAST]
+    model = build(
+        [*nodes[:-1], node("Conv", ["m", "v"], "k"), node("Add", ["k", "r"], "y")], CONV | STATISTICS, X.shape
+    )
+    draft = model.clone()
+    convolve_normalizations(draft)
+    exact, same = (runtime.load(m, optimize=False)({"x": X})["y"] for m in (model, draft))
+    np.testing.assert_allclose(same, exact, rtol=1e-4, atol=1e-5)
+    result, _ = quantized(draft, X)
+    found = kernels(result)
+    assert not found & {"Conv", "BatchNormalization", "Relu"}
+    assert np.linalg.norm(exact - runtime.load(result)({"x": X})["y"]) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        [normalization("c", "y")],
+        [normalization("c", "m"), node("Tanh", ["m"], "y")],
+        [normalization("c", "m"), node("Conv", ["m", "v"], "k"), node("Add", ["k", "m"], "y")],
+    ],
+)
+def test_others_stay_as_they_are(behind: list[onnx.NodeProto]) -> None:
+    model = build([FIRST, *behind], CONV | STATISTICS, X.shape)
+    convolve_normalizations(model)
+    assert sum(n.op_type == "BatchNormalization" for n in model.graph) == 1
+
+
+def test_statistics_that_are_no_numbers_stay_as_they_are() -> None:
+    broken = STATISTICS | {"scale": np.full(16, np.inf, np.float32)}
+    model = build([FIRST, normalization("c", "m"), LAST], CONV | broken, X.shape)
+    convolve_normalizations(model)
+    assert sum(n.op_type == "BatchNormalization" for n in model.graph) == 1
