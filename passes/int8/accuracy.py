@@ -17,6 +17,8 @@ from onnxslim.units import Kind
 
 # A layer in float costs its MACs and the conversion of its inputs and outputs: so many MACs per element, and at least.
 MACS_PER_ELEMENT, MACS_PER_LAYER = 64, 1e6
+# What lies between integer layers also costs a change of layout on either side: so many times the conversion.
+CUT = 16
 
 
 def restore(
@@ -37,7 +39,8 @@ def restore(
     def price(name: str) -> float:
         unit = ready.units[name]
         elements = sum(ready.sizes.get(v, 0.0) for v in (*unit.inputs, *unit.outputs))
-        return ready.macs.get(name, 0) + MACS_PER_ELEMENT * elements + MACS_PER_LAYER
+        cut = 1 if unit.kind is Kind.PRODUCT else CUT
+        return ready.macs.get(name, 0) + cut * MACS_PER_ELEMENT * elements + MACS_PER_LAYER
 
     budget = 1 - fidelity if fidelity else float("inf")
 
