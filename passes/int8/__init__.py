@@ -14,7 +14,7 @@ from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
-from onnxslim.passes.int8.lowering import convolve_normalizations, protect_pools
+from onnxslim.passes.int8.lowering import convolve_normalizations, protect_captured, protect_pools
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.passes.int8.remainder import Remainder
 from onnxslim.profiles import PROFILES, REFUSED, Profile
@@ -101,6 +101,7 @@ class Int8(Pass):
         if reason is not None:
             return _nothing(layers, dict.fromkeys(layers, reason))
         protect_pools(draft)
+        protect_captured(draft)
         convolve_normalizations(draft)
         name_all_nodes(draft)  # those that came with the operator set
         layers = _layers(draft)

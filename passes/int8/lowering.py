@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from onnxslim.graph import add_constant, add_node, attribute, in_branches, is_op, known_shape, remove_dead, replace
 from onnxslim.linear import batchnorm_statistics, float64, inference_batchnorm
-from onnxslim.units import saturating
+from onnxslim.units import MOVES, saturating
 
 
 def protect_pools(model: ir.Model) -> None:
@@ -22,9 +22,31 @@ def protect_pools(model: ir.Model) -> None:
         if attribute(node, "auto_pad", "NOTSET") == "NOTSET" and not any(attribute(node, "pads", [])):
             node.attributes.pop("count_include_pad")  # without padding there is none to count
             continue
-        # The maximum of one operand is that operand; between it and the pool there is no pair.
-        same = add_node(model.graph, "Max", [node.inputs[0]], before=node, like=node.inputs[0])
-        node.replace_input_with(0, same.outputs[0])
+        source = node.inputs[0]
+        assert source is not None
+        node.replace_input_with(0, _barrier(model, source, before=node))  # between it and the pool there is no pair
+
+
+def protect_captured(model: ir.Model) -> None:
+    """Keep ONNX Runtime from moving a DequantizeLinear to where only a subgraph reads, in place.
+
+    It moves them behind operators that move values, and looks for all readers among the inputs of nodes: it ends the
+    process (1.32) where a reader is in the body of an If, Loop or Scan.
+    """
+    for node in list(in_branches(model.graph)):
+        for value in node.outputs if is_op(node, *MOVES) else ():
+            inside = [use for use in value.uses() if use.node.graph is not node.graph]
+            if inside and value.dtype == ir.DataType.FLOAT:
+                barrier = _barrier(model, value, after=node)
+                for use in inside:
+                    use.node.replace_input_with(use.idx, barrier)
+
+
+def _barrier(
+    model: ir.Model, value: ir.Value, *, before: ir.Node | None = None, after: ir.Node | None = None
+) -> ir.Value:
+    """``value`` once more, behind an operator that nothing is moved across: the maximum of it and itself."""
+    return add_node(model.graph, "Max", [value, value], like=value, before=before, after=after).outputs[0]
 
 
 def convolve_normalizations(model: ir.Model) -> None:

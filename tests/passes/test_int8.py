@@ -148,11 +148,11 @@ def test_any_graph_stays_valid_and_faithful(case: tuple[onnx.ModelProto, dict[st
     model = model_io.load(proto)
     reference = runtime.load(model)(feed)
     draft, outcome = run(model, Int8(measure=False, fidelity=0.9, equalize=switch), [feed] * 4)
-    if not outcome.stats["int8_layers"]:
-        assert model_io.to_bytes(draft) == model_io.to_bytes(model)
+    quantized = bool(outcome.stats["int8_layers"])
+    assert quantized == any(n.op_type == "QuantizeLinear" for n in draft.graph)
     got = runtime.load(draft)(feed)
     assert list(got) == list(reference)
-    assert noise([(list(reference.values()), list(got.values()))]) < 0.15
+    assert noise([(list(reference.values()), list(got.values()))]) < (0.15 if quantized else 1e-6)
 
 
 @pytest.mark.parametrize("op", ["MatMul", "Gemm"])

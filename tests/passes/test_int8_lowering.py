@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 
+from onnxslim import model as model_io
 from onnxslim import runtime
-from onnxslim.passes.int8.lowering import convolve_normalizations, protect_pools
+from onnxslim.graph import subgraphs
+from onnxslim.passes.int8.lowering import convolve_normalizations, protect_captured, protect_pools
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from oracles import apply
 from test_units import CONV, FIRST, LAST, X, build, f, kernels, node, quantized
 
 
@@ -78,3 +82,35 @@ def test_statistics_that_are_no_numbers_stay_as_they_are() -> None:
     model = build([FIRST, normalization("c", "m"), LAST], CONV | broken, X.shape)
     convolve_normalizations(model)
     assert sum(n.op_type == "BatchNormalization" for n in model.graph) == 1
+
+
+def test_what_a_branch_reads_of_a_reshape_comes_through_a_barrier() -> None:
+    """ONNX Runtime would end the process: the DequantizeLinear behind the convolution is moved across the Reshape."""
+    condition = [node("ReduceMax", ["r"], "top", keepdims=0), node("Greater", ["top", "zero"], "flag")]
+    bodies = {
+        f"{branch}_branch": helper.make_graph(
+            [node(op, ["r"], f"z{branch}")],
+            branch,
+            [],
+            [helper.make_tensor_value_info(f"z{branch}", onnx.TensorProto.FLOAT, None)],
+        )
+        for branch, op in (("then", "Sin"), ("else", "Cos"))
+    }
+    nodes = [FIRST, node("Conv", ["c", "v"], "k"), node("Reshape", ["k", "shape"], "r"), *condition]
+    constants = CONV | {"shape": np.array([2, -1]), "zero": np.float32(0)}
+    model = build([*nodes, node("If", ["flag"], "y", **bodies)], constants, X.shape)
+    draft = model.clone()
+    protect_captured(draft)
+    inside = [n for outer in draft.graph for body in subgraphs(outer) for n in body]
+    assert inside and all(v.producer().op_type == "Max" for n in inside for v in n.inputs)
+    result, _ = quantized(draft, X)
+    exact, found = (runtime.load(m)({"x": X})["y"] for m in (model, result))
+    assert np.linalg.norm(exact - found) < 0.05 * np.linalg.norm(exact)
+
+
+def test_a_barrier_outlives_what_simplifies_the_model() -> None:
+    pool = node("AveragePool", ["c"], "p", kernel_shape=[3, 3], ceil_mode=1, count_include_pad=1, pads=[1] * 4)
+    model = build([FIRST, pool, node("Conv", ["p", "v"], "y")], CONV, X.shape)
+    protect_pools(model)
+    again, _ = apply(model_io.to_proto(model), "simplify,fold,fuse")
+    assert [n.op_type for n in again.graph.node].count("Max") == 1
