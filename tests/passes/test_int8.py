@@ -152,7 +152,14 @@ def test_any_graph_stays_valid_and_faithful(case: tuple[onnx.ModelProto, dict[st
     assert quantized == any(n.op_type == "QuantizeLinear" for n in draft.graph)
     got = runtime.load(draft)(feed)
     assert list(got) == list(reference)
-    assert noise([(list(reference.values()), list(got.values()))]) < (0.15 if quantized else 1e-6)
+    # Against the variance of what does not vary, the last bits of an integer kernel's result are much.
+    varying = [
+        n for n, a in reference.items() if a.dtype.kind != "f" or (a.size and np.ptp(a) > 1e-3 * np.abs(a).max())
+    ]
+    pair = [reference[n] for n in varying], [got[n] for n in varying]
+    assert not varying or noise([pair]) < (0.15 if quantized else 1e-6)
+    for name in set(reference).difference(varying):
+        np.testing.assert_allclose(got[name], reference[name], rtol=0.02, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", ["MatMul", "Gemm"])
