@@ -201,7 +201,7 @@ class Int8(Pass):
         figures["fidelity"] = round(1 - lost, 5)
         if ready.products and timed:
             feeds = list(held_out.spread(4).feeds())
-            fast = speed.search(model, ready, ready.products, feeds, remainder, ctx)
+            fast = speed.search(model, ready, feeds, remainder, ctx)
             ready = dataclasses.replace(ready, products=fast.products)
             reasons.update(fast.reasons)
             figures["speedup"] = {name: round(value, 3) for name, value in fast.speeds.items()}

@@ -27,18 +27,16 @@ class Found:
     speeds: dict[str, float]
 
 
-def search(
-    model: ir.Model, ready: Prepared, products: list[str], feeds: Feeds, remainder: Remainder, ctx: Context
-) -> Found:
-    """Find the products that are faster on integers than in float.
+def search(model: ir.Model, ready: Prepared, feeds: Feeds, remainder: Remainder, ctx: Context) -> Found:
+    """Find the products of ``ready`` that are faster on integers than in float.
 
     Two rounds drop what the kernel times say loses, conversions included; then the float model and every candidate
     are timed in turn, and the fastest stays. With nothing faster than float, nothing stays on integers. All models are
     timed with what is in float fused.
     """
-    ep = ready.profile.ep
+    ep, products = ready.profile.ep, ready.products
     # Other providers run most of a model as one node: only the whole can be timed.
-    float_times = _float_times(model, ready, products, feeds, remainder, ctx) if ep == "cpu" else {}
+    float_times = _float_times(model, ready, feeds, remainder, ctx) if ep == "cpu" else {}
     candidates: dict[str, list[str]] = {"all": products}
     reasons: dict[str, str] = {}
     models = {"all": remainder.fuse(insert(model, ready, products))}
@@ -66,14 +64,14 @@ def insert(model: ir.Model, ready: Prepared, products: Collection[str]) -> ir.Mo
 
 
 def _float_times(
-    model: ir.Model, ready: Prepared, products: Sequence[str], feeds: Feeds, remainder: Remainder, ctx: Context
+    model: ir.Model, ready: Prepared, feeds: Feeds, remainder: Remainder, ctx: Context
 ) -> dict[str, float]:
     """Milliseconds of every node in float, by the names it has in ``model``; of the fused model as far as it has them.
 
     A product that became part of another one takes the time that it took by itself.
     """
     times = runtime.profile(remainder.model, feeds, threads=ctx.threads)
-    merged = [n for n in products if not _spent(ready.units[n], times)]
+    merged = [n for n in ready.products if not _spent(ready.units[n], times)]
     if merged and remainder.done:
         plain = runtime.profile(model, feeds, threads=ctx.threads)
         names = {name for n in merged for name in _names(ready.units[n])}

@@ -100,5 +100,5 @@ def test_layers_are_compared_with_the_fused_model_by_the_names_they_had() -> Non
     ready = prepared(model, feeds)
     remainder = Remainder(model, context(model, feeds).calibration, context(model, feeds))
     assert operators(remainder.model)["MatMul"] == 1
-    times = speed._float_times(model, ready, ready.products, feeds[:2], remainder, context(model, feeds))
+    times = speed._float_times(model, ready, feeds[:2], remainder, context(model, feeds))
     assert all(speed._spent(ready.units[name], times) > 0 for name in ("q", "k", "v"))
