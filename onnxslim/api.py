@@ -16,7 +16,7 @@ from onnxslim import custom_ops as libraries
 from onnxslim import details as extras
 from onnxslim import model as model_io
 from onnxslim.checks import Budget, Checks, check_samples
-from onnxslim.contract import Context, Effect, NoProgress, Pass, Progress
+from onnxslim.contract import Context, Effect, Missed, NoProgress, Pass, Progress
 from onnxslim.data import Data, Sample, Source
 from onnxslim.errors import CheckError, DataError, ModelError, UsageError
 from onnxslim.report import Report, plain
@@ -89,7 +89,8 @@ def optimize(
         metric: ``top1``, ``top5``, ``cosine``, ``psnr`` or ``module:function``; by default ``top1`` where there are
             class labels.
         max_drop: ``"1%"`` (one point of a 0-100 metric, 0.01 of a 0-1 metric) or a number in the metric's own unit. A
-            lossy pass that would overrun it is undone, and ``exit_code`` is 1.
+            lossy pass that would overrun it is tried again, changing less; where that does not help it is undone, and
+            ``exit_code`` is 1.
         target: execution provider the result is meant for and measured on.
         seed: of generated inputs and of every random choice.
         progress: receives the progress of long loops.
@@ -229,6 +230,7 @@ class _Run:
             if done is None:
                 self.ctx.warnings[:] = quiet
                 model, steps = pipeline.run(self.original, chosen, self.ctx, self.checks, self._reproduce)
+                self.checks.missed.extend(step.error for step in steps if isinstance(step.error, Missed))
                 model = self._settle(model, lossless)
             else:
                 model, steps = done

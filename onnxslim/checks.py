@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxslim import model as model_io
 from onnxslim import runtime, verify
-from onnxslim.contract import Context, Effect, Pass
+from onnxslim.contract import Context, Effect, Missed, Pass
 from onnxslim.data import Data, Sample, synthetic
 from onnxslim.errors import ModelError
 from onnxslim.graph import count_nodes
@@ -32,12 +32,12 @@ class Budget:
         before = verify.score(reference, metric)
         return cls(metric, before, None if max_drop is None else allowed_drop(max_drop, before))
 
-    def missed(self, value: float) -> str | None:
+    def missed(self, value: float) -> Missed | None:
         """A line that says by how much ``value`` misses the budget, or None."""
         drop = self.before - value
         if self.allowed is None or drop <= self.allowed + 1e-9:
             return None
-        return f"{self.metric.name} drops by {drop:.4g} to {value:.4g}, the budget is {self.allowed:.4g}"
+        return Missed(f"{self.metric.name} drops by {drop:.4g} to {value:.4g}, the budget is {self.allowed:.4g}")
 
 
 class Checks:
@@ -50,7 +50,7 @@ class Checks:
     Attributes:
         kept: the model after every pass that was kept, the original first.
         final: the last pass of the pipeline: only the session of its result is worth keeping, for the measurements.
-        failed: broken promises; missed: budgets that a pass would have overrun.
+        failed: broken promises; missed: budgets that a pass, however careful, would have overrun.
     """
 
     def __init__(self, original: ir.Model, runner: runtime.Runner | None, data: Data, ctx: Context) -> None:
@@ -157,10 +157,7 @@ class Checks:
             runtime.run(runner, self._data.feed(self._data[0]), "the result")
             return None
         _, value = self.measure(after, runner)
-        missed = self.budget.missed(value) if value is not None else None
-        if missed is not None:
-            self.missed.append(missed)
-        return missed
+        return self.budget.missed(value) if value is not None else None
 
     def measure(self, model: ir.Model, runner: runtime.Runner | None = None) -> tuple[verify.Fidelity, float | None]:
         """Fidelity and metric of ``model`` on the evaluation data; the last answer is kept."""

@@ -34,6 +34,14 @@ class Effect(enum.Enum):
     LOSSY = "lossy"
 
 
+# What a pass may cost the outputs is divided by this in each attempt that is more careful than the one before.
+CAREFUL = 4.0
+
+
+class Missed(str):
+    """By how much a pass overran the user's budget."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Skip:
     """A place where a pass did nothing, and why. ``node`` is a node, tensor or group name."""
@@ -122,6 +130,15 @@ class Pass(abc.ABC):
     def retypes(self) -> bool:
         """True when inputs and outputs of the model may get another float type; what is fed to it is converted."""
         return False
+
+    def careful(self, outcome: Outcome) -> Pass | None:
+        """This pass, but changing less: tried where ``outcome`` overran the user's budget. None where it cannot.
+
+        Where it has the option ``fidelity``, which is 1 minus what may be lost, this allows a part of what was lost.
+        """
+        found = max(getattr(self, "fidelity", 1.0), outcome.stats.get("fidelity", 0.0))
+        options = {"fidelity": round(1 - (1 - found) / CAREFUL, 6)}
+        return dataclasses.replace(self, **options) if found < 1 else None
 
     def require(self, condition: bool, message: str) -> None:
         """Raise `UsageError` naming this pass unless ``condition`` holds; for checks of options in __post_init__."""

@@ -22,11 +22,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import onnx_ir as ir
 
-from onnxslim.contract import Context, Effect, Outcome, Pass, Skip, literal
+from onnxslim.contract import Context, Effect, Missed, Outcome, Pass, Skip, literal
 from onnxslim.errors import CheckError, DataError, UsageError
 
 GROUP = "onnxslim.passes"
 _MISFIT = object()
+# How often a pass is tried, each time more careful, before it is undone for what it costs.
+ATTEMPTS = 4
 
 
 @functools.cache
@@ -130,7 +132,8 @@ def run(
     """Apply ``passes`` in order; each works on a clone (weights are shared) that is dropped when it fails.
 
     Args:
-        check: called with (before, after, pass); a string says which promise was broken, and the pass is undone.
+        check: called with (before, after, pass); a string says which promise was broken, and the pass is undone. Where
+            it is a `Missed` budget, the pass is first tried again with options that change less, if it has such.
         on_error: called with (before, pass, error) for an unexpected exception, to leave a reproduction behind.
 
     Returns:
@@ -139,20 +142,14 @@ def run(
     steps = []
     for item in ctx.progress.track(passes, total=len(passes), label="passes"):
         start = time.perf_counter()
-        draft = model.clone()
-        draft.meta.update(model.meta)
-        error: str | None = None
-        outcome = Outcome()
-        try:
-            outcome = item.apply(draft, ctx)
-            error = check(model, draft, item)
-        except (UsageError, DataError):
-            raise
-        except CheckError as failure:  # the pass found out by itself
-            error = str(failure)
-        except Exception as failure:  # a defect in one pass must not cost the user the others
-            on_error(model, item, failure)
-            error = f"internal error: {type(failure).__name__}: {failure}"
+        for attempt in range(ATTEMPTS):
+            said = list(ctx.warnings)
+            draft, outcome, error = _attempt(model, item, ctx, check, on_error)
+            careful = item.careful(outcome) if isinstance(error, Missed) and attempt < ATTEMPTS - 1 else None
+            if careful is None:
+                break
+            ctx.warnings[:] = [*said, f"{item} overran the budget and was made more careful: {error}"]
+            item = careful
         if error is None:
             model = draft
             if item.effect is Effect.LOSSY and not outcome.skipped and not _did(outcome):
@@ -163,6 +160,29 @@ def run(
             outcome = Outcome(skipped=[*outcome.skipped, Skip("*", f"undone: {error}")])
         steps.append(Step(item, time.perf_counter() - start, outcome, error))
     return model, steps
+
+
+def _attempt(
+    model: ir.Model,
+    item: Pass,
+    ctx: Context,
+    check: Callable[[ir.Model, ir.Model, Pass], str | None],
+    on_error: Callable[[ir.Model, Pass, Exception], None],
+) -> tuple[ir.Model, Outcome, str | None]:
+    """What ``item`` makes of a clone of ``model``, and why that cannot be kept."""
+    draft = model.clone()
+    draft.meta.update(model.meta)
+    outcome = Outcome()
+    try:
+        outcome = item.apply(draft, ctx)
+        return draft, outcome, check(model, draft, item)
+    except (UsageError, DataError):
+        raise
+    except CheckError as failure:  # the pass found out by itself
+        return draft, outcome, str(failure)
+    except Exception as failure:  # a defect in one pass must not cost the user the others
+        on_error(model, item, failure)
+        return draft, outcome, f"internal error: {type(failure).__name__}: {failure}"
 
 
 def _did(outcome: Outcome) -> bool:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from onnxslim import model as model_io
 from onnxslim import pipeline
-from onnxslim.contract import Context, Effect, Outcome, Pass
+from onnxslim.contract import Context, Effect, Missed, Outcome, Pass
 from onnxslim.data import Data
 from onnxslim.errors import CheckError, DataError, UsageError
 
@@ -278,6 +278,61 @@ def test_a_pass_that_finds_its_own_fault_is_undone(proto: onnx.ModelProto) -> No
     )
     assert steps[0].error == "masked and pruned differ"
     assert not crashes
+
+
+@dataclasses.dataclass(frozen=True)
+class Loses(Options):
+    """Loses what it may of an output, but no more than 0.2."""
+
+    name: ClassVar[str] = "loses"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    fidelity: float = 0.5
+
+    def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+        ctx.warnings.append(f"lost {1 - self.fidelity}")
+        return Outcome({"fidelity": max(self.fidelity, 0.8)})
+
+
+def _attempts(item: Pass, proto: onnx.ModelProto, check: Any) -> tuple[list[Pass], pipeline.Step, list[str]]:
+    tried: list[Pass] = []
+
+    def judged(before: ir.Model, after: ir.Model, item: Pass) -> str | None:
+        tried.append(item)
+        return check(item)
+
+    ctx = _context()
+    _, steps = pipeline.run(model_io.load(proto), [item], ctx, judged, lambda *_: None)
+    return tried, steps[0], ctx.warnings
+
+
+def test_what_overruns_the_budget_is_tried_more_carefully_from_what_it_lost(proto: onnx.ModelProto) -> None:
+    tried, step, warnings = _attempts(Loses(), proto, lambda item: None if item.fidelity > 0.98 else Missed("too much"))
+    assert [str(item) for item in tried] == ["loses", "loses(fidelity=0.95)", "loses(fidelity=0.9875)"]
+    assert step.error is None
+    assert step.item == tried[-1]
+    assert [line.split(" overran")[0] for line in warnings[:2]] == ["loses", "loses(fidelity=0.95)"]
+    assert warnings[2:] == [f"lost {1 - 0.9875}"], "what was said of the other attempts is no longer true"
+
+
+def test_a_pass_that_no_care_helps_is_undone(proto: onnx.ModelProto) -> None:
+    tried, step, warnings = _attempts(Loses(), proto, lambda item: Missed("too much"))
+    assert len(tried) == pipeline.ATTEMPTS
+    assert step.error == "too much"
+    assert warnings[-1] == f"{tried[-1]} was undone: too much"
+
+
+@pytest.mark.parametrize("item", [Options(), Loses(fidelity=1.0)], ids=["no option", "nothing lost"])
+def test_what_cannot_be_more_careful_is_undone_at_once(proto: onnx.ModelProto, item: Pass) -> None:
+    tried, step, _ = _attempts(item, proto, lambda item: Missed("too much"))
+    assert tried == [item]
+    assert step.error == "too much"
+
+
+def test_a_broken_promise_is_not_tried_again(proto: onnx.ModelProto) -> None:
+    tried, step, _ = _attempts(Loses(), proto, lambda item: "changes the outputs")
+    assert len(tried) == 1
+    assert step.error == "changes the outputs"
 
 
 def test_strictest_is_the_weakest_promise(passes: dict[str, Any]) -> None:

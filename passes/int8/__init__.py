@@ -38,8 +38,8 @@ class Int8(Pass):
     layers where this leaves the function as it is, and biases absorb the mean error of their layer afterwards.
 
     Layers, and what lies between them, go back to float until the outputs of held-out samples keep the fidelity asked
-    for, and wherever int8 is measured slower. What is in float is fused, as by ``fuse(opset=0)``, before the two are
-    compared.
+    for, and a metric its budget (``--max-drop``), and wherever int8 is measured slower. What is in float is fused, as
+    by ``fuse(opset=0)``, before the two are compared.
 
     Without calibration data no layer is stored: static ranges would be guesses. For the same reason what is in the
     branch of an If stays in float where no sample takes the branch, and so does the body of a Loop or Scan.
