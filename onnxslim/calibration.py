@@ -107,26 +107,6 @@ class Moments:
         self._flush()
         return _plus(self._sums[name] / max(self.count, 1), -1.0, self._offset(name[0]), self._offset("z"))
 
-    def joined(self, other: Moments) -> Moments:
-        """The moments of the rows of both."""
-        self._flush()
-        other._flush()
-        if not self.count or not other.count:
-            return self if self.count else other
-        result = Moments()
-        result.count, result._from = self.count + other.count, self._from
-        moved = {name: other._from[name].astype(np.float64) - start for name, start in self._from.items()}
-        for name, part in self._sums.items():
-            theirs = other._sums[name]
-            if len(name) == 1:
-                result._sums[name] = part + theirs + other.count * moved[name]
-                continue
-            left, right = name[0], name[1]
-            # Rows that differ by r from another start differ by r + d from this one.
-            total = _plus(part + theirs, 1.0, moved[left], other._sums[right] + other.count * moved[right])
-            result._sums[name] = _plus(total, 1.0, other._sums[left], moved[right])
-        return result
-
     @property
     def empty(self) -> bool:
         """True when no row was seen that is finite."""

@@ -30,7 +30,7 @@ class Factor:
 
     Attributes:
         moments, held: of the samples that are fitted, and of those held back (about the mean of the former).
-        every: of all samples, with the mean (n,).
+        mean: of the samples that are fitted (n,).
         layer: set where the weights can be refitted.
         ridge: the relative λ to refit with.
     """
@@ -38,7 +38,6 @@ class Factor:
     matrix: np.ndarray
     moments: np.ndarray
     held: np.ndarray | None
-    every: np.ndarray
     mean: np.ndarray
     layer: Layer | None
     ridge: float = RIDGE
@@ -207,16 +206,13 @@ def output_error(expected: Mapping[str, object], got: Mapping[str, object]) -> f
     return float(np.mean(errors)) if errors else 0.0
 
 
-def compensate(model: ir.Model, factor: Factor, removed: np.ndarray, *, every: bool = False) -> None:
-    """Refit one layer to the channels that stay, V = (M G_:K + λ M_K)(G_KK + λI)⁻¹ and the bias from the means.
-
-    ``every``: from all samples, not only from those that are fitted.
-    """
+def compensate(model: ir.Model, factor: Factor, removed: np.ndarray) -> None:
+    """Refit one layer to the channels that stay, V = (M G_:K + λ M_K)(G_KK + λI)⁻¹ and the bias from the means."""
     item = factor.layer
     if item is None or removed.all():
         return
     keep = ~removed
-    moments = np.asarray(factor.every if every else factor.moments, np.float64)
+    moments = np.asarray(factor.moments, np.float64)
     kept = moments[np.ix_(keep, keep)]
     ridge = factor.ridge * max(float(np.mean(np.diag(kept))), 1e-12)
     matrix = np.asarray(factor.matrix, np.float64)
@@ -276,27 +272,24 @@ def _factor(site: Site, fit: Mapping[tuple[str, int], Moments], held: Mapping[tu
         # Nothing is known of what it reads: channels are then told by their weights alone.
         even = np.eye(n)
         weight = np.ones((1, n)) if site.weight < 0 else np.asarray(constant(site.node.inputs[site.weight]))
-        return Factor(_matrix(weight, site), even, None, even, np.zeros(n), None)
-    both = [a.joined(b) for a, b in found]
-    mean = both[0].mean()
+        return Factor(_matrix(weight, site), even, None, np.zeros(n), None)
+    own, other = found[0]
+    mean = own.mean()
     if site.weight < 0:
         # Both factors vary: the outputs are sums over n products, whose moments factorize when they are independent.
-        moments, judge, every = (
-            np.prod([m.second() for m in each], axis=0) for each in (*zip(*found, strict=True), both)
-        )
-        return Factor(np.ones((1, n)), _lean(moments), _lean(judge), _lean(every), mean, None)
+        moments, judge = (np.prod([m.second() for m in each], axis=0) for each in zip(*found, strict=True))
+        return Factor(np.ones((1, n)), _lean(moments), _lean(judge), mean, None)
     weight = np.asarray(constant(site.node.inputs[site.weight]))
-    own, other = found[0]
-    moved = other.mean() - own.mean()
-    moments, judge, every = _lean(own.covariance()), _lean(other.covariance()), _lean(both[0].covariance())
+    moved = other.mean() - mean
+    moments, judge = _lean(own.covariance()), _lean(other.covariance())
     judge += np.outer(moved, moved)
     matrix = _matrix(weight, site)
     if _side_by_side(site):
         group = np.arange(n) // (n // site.groups)
         # Channels of different groups never meet in one output: they cannot take over from each other.
         apart = group[:, None] == group[None]
-        return Factor(matrix, moments * apart, judge * apart, every * apart, mean, None)
-    return Factor(matrix, moments, judge, every, mean, layer(site))
+        return Factor(matrix, moments * apart, judge * apart, mean, None)
+    return Factor(matrix, moments, judge, mean, layer(site))
 
 
 def _lean(moments: np.ndarray) -> np.ndarray:

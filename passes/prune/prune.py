@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxslim import coupling, kernel_steps, runtime
 from onnxslim.channels import Labels
-from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.contract import CAREFUL, Context, Effect, Outcome, Pass, Skip
 from onnxslim.coupling import Coupling, Family, Site
 from onnxslim.data import Data
 from onnxslim.errors import CheckError, ModelError
@@ -33,7 +33,7 @@ LEVELS = (0.35, 1.0)  # parts of what may leave a family at which that is measur
 FELT = 1e-4  # relative error of the readers that is more than rounding
 MOST = 0.6  # share of a family that can leave when only what is nearly free may
 REASONS = 3  # told where nothing can leave
-HELD = 0.2  # share of the samples that judge
+HELD, FEWEST = 0.2, 4  # share of the samples that judge; at least so many, where there are twice as many
 BUDGETS = ("ratio", "params", "macs", "latency")
 
 
@@ -48,9 +48,9 @@ class Prune(Pass):
     gradients.
 
     Without ``ratio`` only what is nearly free leaves: the relative squared error of the model's outputs, measured on
-    calibration samples that the fit has not seen, stays below ``tolerance``. Layer normalization axes, model inputs
-    and outputs, whatever passes an operator without a rule, and branches that the data does not take stay as they are;
-    the report names them.
+    calibration samples that the fit has not seen, stays below ``tolerance``, its standard error included. Layer
+    normalization axes, model inputs and outputs, whatever passes an operator without a rule, and branches that the data
+    does not take stay as they are; the report names them.
 
     A budget removes more. ``ratio`` is what leaves; ``params``, ``macs`` and ``latency`` are what may stay: a fraction
     of the input's up to 1, an absolute number above 1. Widths are chosen over the whole network so that the errors of
@@ -127,6 +127,13 @@ class Prune(Pass):
         """True when the user has said how much must leave."""
         return bool(self.overrides) or any(getattr(self, name) is not None for name in (*BUDGETS, "plan"))
 
+    def careful(self, outcome: Outcome) -> Prune | None:
+        """With a lower tolerance; None where the user has said how much must leave, or nothing may be lost."""
+        if self.budgeted or self.lossless:
+            return None
+        errors = [v for name, v in outcome.stats.items() if name.startswith("error_")]
+        return dataclasses.replace(self, tolerance=min([self.tolerance, *errors]) / CAREFUL)
+
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         """Remove channels from ``model`` in place; families that cannot leave soundly are put back and named."""
         feed = ctx.calibration.feed(ctx.calibration[0])
@@ -167,7 +174,8 @@ class Prune(Pass):
         if ctx.synthetic and not self.budgeted:
             outcome.skipped.append(Skip("*", "no calibration data: what is nearly free cannot be known; give a budget"))
             return outcome
-        fit, held_out = ctx.calibration.split(HELD)
+        count = max(len(ctx.calibration), 1)
+        fit, held_out = ctx.calibration.split(max(HELD, min(FEWEST, count // 2) / count))
         measured = measure.factors(coupled, families, fit, held_out, ctx)
         if self.plan is None:
             orders, candidates = self._judge(coupled, families, given, measured, held_out, ctx)
@@ -370,7 +378,7 @@ class Prune(Pass):
             closed = masked.clone()
             for site, factor in measured.items():
                 if factor.layer is not None and (removed := gone(site.labels)).any():
-                    measure.compensate(closed, factor, removed, every=True)
+                    measure.compensate(closed, factor, removed)
             trials.append((closed, len(measured), "closed"))
             if len(ctx.calibration) > 1:  # with a single sample nothing could tell a good refit from a bad one
                 moved = _moved(model, coupled, layers, gone)
@@ -433,13 +441,17 @@ def _copy_weights(source: ir.Model, coupled: Coupling) -> None:
 
 
 def _errors(original: ir.Model, candidates: Sequence[ir.Model], data: Data, ctx: Context) -> list[float]:
-    """Relative squared error of the outputs of each candidate, mean over samples."""
+    """Relative squared error of the outputs of each candidate: the mean over samples, and a standard error more.
+
+    So that it holds on other samples of the kind, too, where there are few to judge by.
+    """
     first, *others = (runtime.load(m, threads=ctx.threads) for m in (original, *candidates))
     errors = []
     for feed in data.feeds():
         want = runtime.run(first, feed)
         errors.append([measure.output_error(want, runtime.run(runner, feed)) for runner in others])
-    return [float(np.mean(each)) for each in zip(*errors, strict=True)]
+    doubt = np.std(errors, axis=0, ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else 0.0
+    return list((np.mean(errors, axis=0) + doubt).tolist())
 
 
 def _whole(skipped: Sequence[Skip]) -> str:

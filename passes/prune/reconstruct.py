@@ -14,7 +14,6 @@ columns become 0, which is the same function.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -189,24 +188,18 @@ def _solve(original: ir.Model, pruned: ir.Model, layer: Layer, moments: Sequence
     # An input that hardly varies about its mean says nothing about slopes, however exactly it can be fitted.
     variance = np.diag(fit.zz)[keep]
     scale = max(float(np.mean(variance)), STILL * float(np.mean(variance + fit.z[keep] ** 2)), 1e-12)
-    best, chosen = judge.loss(old), np.inf
+    best, fitted = judge.loss(old), old
     for ridge in RIDGES:
         trial = _fitted(fit, old, keep, ridge * scale)
-        loss = judge.loss(trial) if trial is not None else np.inf
-        if loss < best:
-            best, chosen = loss, ridge
-    # What held-out samples have decided, all samples are fitted with.
-    del equations, fit, judge
-    every = _Normal.of(functools.reduce(Moments.joined, moments), bias is not None, layer.columns)
-    final = _fitted(every, old, keep, chosen * scale) if np.isfinite(chosen) else None
-    fitted = old if final is None else final
+        if trial is not None and (loss := judge.loss(trial)) < best:
+            best, fitted = loss, trial
     if layer.shared:
         taps = matrix.reshape(len(matrix), layer.channels, layer.taps)
         new = np.einsum("oct,ck->okt", taps, fitted)
-        shift = taps.sum(axis=2) @ every.t - new.sum(axis=2) @ every.z
+        shift = taps.sum(axis=2) @ fit.t - new.sum(axis=2) @ fit.z
         fitted = new.reshape(matrix.shape)
     else:
-        shift = every.t - fitted @ every.z
+        shift = fit.t - fitted @ fit.z
     layer.write(pruned, fitted)
     if bias is not None:
         before = np.asarray(constant(bias))

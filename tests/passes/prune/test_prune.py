@@ -114,6 +114,40 @@ def test_refitting_helps_and_the_depthwise_group_follows() -> None:
     assert results[True] < results[False]
 
 
+def _wide(seed: int) -> onnx.ModelProto:
+    """Two layers with more channels than a few samples say anything about."""
+    rng = np.random.default_rng(seed)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w1"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "w2"], ["y"]),
+    ]
+    weights = [
+        numpy_helper.from_array((rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32), name)
+        for name, shape in (("w1", (24, 64)), ("w2", (64, 8)))
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", k]) for n, k in (("x", 24), ("y", 8))]
+    graph = helper.make_graph(nodes, "wide", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("count", [8, 24])
+def test_the_error_that_is_told_is_that_of_other_samples(count: int) -> None:
+    told, true = [], []
+    for seed in range(6):
+        model = _wide(seed)
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((count + 200, 24)).astype(np.float32)
+        loaded = model_io.load(model)
+        data = data_io.open_data({"x": x[:count]}, data_io.input_specs(loaded))
+        outcome = Prune(ratio=0.3).apply(loaded, Context(data, threads=1))
+        told.append(min(v for name, v in outcome.stats.items() if name.startswith("error_")))
+        runners = [runtime.load(m, threads=1) for m in (model_io.load(model), loaded)]
+        want, got = ([runtime.run(r, {"x": row[None]}) for row in x[count:]] for r in runners)
+        true.append(np.mean([measure.output_error(a, b) for a, b in zip(want, got, strict=True)]))
+    assert 0.5 < np.sum(told) / np.sum(true) < 2
+
+
 def test_ratio_saves_its_share_of_parameters() -> None:
     model = _cnn()
     shares = []
