@@ -35,7 +35,10 @@ SMALLEST = 1e-4
 
 
 class Channels:
-    """Extremes, mean and mean square of every channel of a tensor, each (channels,), over all samples."""
+    """Extremes, mean and mean square of every channel of a tensor, each (channels,), over all samples.
+
+    Positions where some channel is NaN or infinite are left out.
+    """
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
@@ -44,6 +47,8 @@ class Channels:
 
     def update(self, array: np.ndarray) -> None:
         rows = np.moveaxis(array, self.axis, 0).reshape(array.shape[self.axis], -1)
+        if not np.isfinite(rows).all():
+            rows = rows[:, np.isfinite(rows).all(0)]
         if not rows.shape[1]:
             return
         if not self.count:

@@ -54,31 +54,32 @@ class Local:
         clone.graph.outputs.clear()
         results: list[ir.Value] = []
         added: dict[str, tuple[ir.Value, ir.Value]] = {}
+        numbers = _Numbers(clone.graph)
         for name in self.products:
             owner = self.inputs[name]
             if owner not in added:
                 added[owner] = _params_inputs(clone.graph, owner, profile.dtype)
-            results += self._branch(clone.graph, units[name], added[owner], weights[name])
+            results += self._branch(clone.graph, units[name], added[owner], numbers(name, weights[name]))
         self.owners = list(added)
         self.names = _give(clone, results)
         g.remove_dead(clone.graph)
         self.runner = _load(clone, threads)
 
     def _branch(
-        self, graph: ir.Graph, unit: Unit, params: tuple[ir.Value, ir.Value], weight: tuple[np.ndarray, QParams]
+        self, graph: ir.Graph, unit: Unit, params: tuple[ir.Value, ir.Value], weight: ir.Value
     ) -> list[ir.Value]:
         assert unit.weight is not None
         node, home = unit.node, unit.node.graph
         inputs = list(node.inputs)
         assert inputs[0] is not None and home is not None
         inputs[0] = _round_trip(graph, node, inputs[0], params)
-        inputs[unit.weight[0]] = g.add_constant(graph, f"{unit.name}_weight", dequantize(*weight))
+        inputs[unit.weight[0]] = weight
         copy = ir.node(node.op_type, inputs, outputs=[ir.Value(name=g.fresh_name(graph, f"{unit.name}_q"))])
         copy.attributes.update(node.attributes)
         home.insert_after(node, copy)
         exact = node.outputs[0]
         error = g.add_node(graph, "Sub", [copy.outputs[0], exact], after=copy, hint=unit.name)
-        channels = weight[0].shape[unit.weight[1]]
+        channels = (g.known_shape(weight) or ())[unit.weight[1]]
         form, axes = ([0, channels, -1], [0, 2]) if node.op_type == "Conv" else ([-1, channels], [0])
         shape = g.add_constant(graph, f"{unit.name}_form", np.array(form, np.int64))
         rows = g.add_node(graph, "Reshape", [error.outputs[0], shape], after=error, hint=unit.name)
@@ -153,20 +154,22 @@ class Switched:
                 if output is value:
                     outputs[index] = read
         # Outputs may have been renamed: they are read by position.
+        numbers = _Numbers(graph)
         for name in self.products:
             unit = self.units[name]
-            self._product(graph, unit, plan, unstored.get(unit.inputs[0]))
+            stored = numbers(name, plan.weights[name])
+            self._product(graph, unit, stored, plan.shift.get(name), unstored.get(unit.inputs[0]))
         self.runner = _load(clone, threads)
 
-    def _product(self, graph: ir.Graph, unit: Unit, plan: Plan, unstored: ir.Value | None) -> None:
+    def _product(
+        self, graph: ir.Graph, unit: Unit, stored: ir.Value, shift: np.ndarray | None, unstored: ir.Value | None
+    ) -> None:
         """Put ``unit`` with the numbers of the file, and with those that would be stored, behind a switch.
 
         ``unstored`` is what it reads in float, where that may be another value than on integers.
         """
         assert unit.weight is not None
-        stored = g.add_constant(graph, f"{unit.name}_stored", dequantize(*plan.weights[unit.name]))
         changed = {(unit.node, unit.weight[0]): stored}
-        shift = plan.shift.get(unit.name)
         target = unit.bias or unit.node
         place = 2 if unit.bias is None else (0 if g.is_constant(unit.bias.inputs[0]) else 1)
         if shift is not None and target.op_type != "MatMul":
@@ -191,6 +194,20 @@ class Switched:
             switches.update((f"{unit} reads {name}", np.array(told or unit in chosen)) for unit in units)
         switches.update((f"w:{n}", np.array(n in chosen)) for n in self.products)
         return runtime.arrays(runtime.run(self.runner, {**feeds, **switches}))
+
+
+class _Numbers:
+    """Makes constants of stored weights, one for all products that share one."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._made: dict[int, ir.Value] = {}
+
+    def __call__(self, name: str, weight: tuple[np.ndarray, QParams]) -> ir.Value:
+        key = id(weight[0])
+        if key not in self._made:
+            self._made[key] = g.add_constant(self._graph, f"{name}_stored", dequantize(*weight))
+        return self._made[key]
 
 
 class SwitchedWeights:

@@ -53,8 +53,8 @@ class Gram:
 
     def update(self, array: np.ndarray) -> None:
         rows = self.windows(array)
-        rows = rows[:, :: max(-(-rows.shape[1] // self.rows), 1)].astype(np.float32)
-        if not np.isfinite(rows).all() or not rows.shape[1]:
+        rows = finite(rows[:, :: max(-(-rows.shape[1] // self.rows), 1)].astype(np.float32))
+        if not rows.shape[1]:
             return
         if self._block is None:
             self._block = np.empty((self.groups, BATCH, self.width), np.float32)
@@ -108,6 +108,12 @@ class Gram:
         return self.square / max(self.count, 1)
 
 
+def finite(rows: np.ndarray) -> np.ndarray:
+    """``rows`` (groups, n, K) without those that are NaN or infinite somewhere in one of the groups."""
+    known = np.isfinite(rows)
+    return rows if known.all() else rows[:, known.all((0, 2))]
+
+
 def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, pairs: np.ndarray | None = None) -> np.ndarray:
     """Integers (outputs, K) for ``rows`` (outputs, K) in steps of ``scale`` (outputs,), of least error by ``moments``.
 
@@ -116,19 +122,19 @@ def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, pairs: 
         pairs: columns whose sum is limited, see `quantization.within_pairs`.
     """
     partner = {} if pairs is None else {int(a): int(b) for pair in pairs for a, b in (pair, pair[::-1])}
-    stored = np.zeros(rows.shape)
+    stored = np.zeros(rows.T.shape)  # a column is a row here, see `settle_columns`
     low, high = np.full(len(rows), -LARGEST), np.full(len(rows), LARGEST)
 
     def settle(k: int, column: np.ndarray) -> np.ndarray:
         least, most = low, high
         if k in partner:  # not settled yet, it is 0 and leaves the whole range
-            other = stored[:, partner[k]]
+            other = stored[partner[k]]
             least, most = np.maximum(low, -LARGEST_PAIR - other), np.minimum(high, LARGEST_PAIR - other)
-        stored[:, k] = np.clip(np.rint(column), least, most)
-        return stored[:, k]
+        stored[k] = np.clip(np.rint(column), least, most)
+        return stored[k]
 
     settle_columns(rows.astype(np.float64) / scale[:, None].astype(np.float64), spreading(moments), settle)
-    return stored.astype(np.int8)
+    return np.ascontiguousarray(stored.T.astype(np.int8))
 
 
 def spreading(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,20 +191,20 @@ def settle_columns(
         spread: see `spreading`.
         settle: given the index of a column and what it would best be by now, (outputs,), the values to store.
     """
-    width = rows.shape[1]
     order, factor = spread
-    left = rows[:, order].astype(np.float64)
+    # Columns as rows, so that those that wait lie side by side in memory.
+    left = np.ascontiguousarray(rows.T[order], np.float64)
     result = np.empty_like(left)
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
-        errors = np.empty((len(left), stop - start))
+    for start in range(0, len(left), BLOCK):
+        stop = min(start + BLOCK, len(left))
+        errors = np.empty((stop - start, left.shape[1]))
         for k in range(start, stop):
-            result[:, k] = settle(int(order[k]), left[:, k])
-            errors[:, k - start] = (left[:, k] - result[:, k]) / factor[k, k]
-            left[:, k + 1 : stop] -= errors[:, k - start, None] * factor[k, k + 1 : stop]
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
-    back = np.empty_like(result)
-    back[:, order] = result
+            result[k] = settle(int(order[k]), left[k])
+            errors[k - start] = (left[k] - result[k]) / factor[k, k]
+            left[k + 1 : stop] -= factor[k, k + 1 : stop, None] * errors[k - start]
+        left[stop:] -= factor[start:stop, stop:].T @ errors
+    back = np.empty_like(rows, dtype=np.float64)
+    back[:, order] = result.T
     return back
 
 

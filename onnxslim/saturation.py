@@ -19,7 +19,7 @@ from onnxslim.contract import Context
 from onnxslim.data import Data
 from onnxslim.graph import attribute
 from onnxslim.quantization import QParams, may_saturate, quantize
-from onnxslim.rounding import Gram
+from onnxslim.rounding import Gram, finite
 from onnxslim.units import Unit
 
 LIMIT = np.iinfo(np.int16).max
@@ -59,8 +59,8 @@ class Pairs:
 
     def update(self, array: np.ndarray) -> None:
         rows = self.gram.windows(array)
-        rows = rows[:, :: max(-(-rows.shape[1] // ROWS), 1)][..., self.order]
-        if not rows.shape[1] or not np.isfinite(rows).all():
+        rows = finite(rows[:, :: max(-(-rows.shape[1] // ROWS), 1)][..., self.order])
+        if not rows.shape[1]:
             return
         codes = quantize(rows, self.params).astype(np.int32)
         for group, stored in zip(codes, self.weight, strict=True):

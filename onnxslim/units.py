@@ -257,7 +257,7 @@ def _glue(node: ir.Node) -> Unit | None:
         return None
     inputs = tuple(dict.fromkeys(v.name or "" for v in node.inputs if v is not None and not is_constant(v)))
     output = node.outputs[0]
-    tail = saturating(output) if is_op(node, "Add") else None
+    tail = saturating(output)
     if tail is not None:
         output = tail.outputs[0]
     return Unit(node.name or "", Kind.GLUE, node, inputs, (output.name or "",), fixed, tail=tail)

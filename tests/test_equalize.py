@@ -168,3 +168,13 @@ def test_the_range_of_least_error_has_it() -> None:
     step = (high - low) / 255
     stored = np.clip(np.rint(values / step), round(low / step), round(high / step)) * step
     assert np.mean(np.square(stored - values)) == pytest.approx(best, rel=0.2)
+
+
+def test_positions_that_are_infinite_say_nothing_about_channels() -> None:
+    array = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+    plain, broken = equalize.Channels(1), equalize.Channels(1)
+    plain.update(array)
+    hole = np.array([np.inf, 0, np.nan], np.float32).reshape(1, 3, 1)
+    broken.update(np.concatenate([array, np.broadcast_to(hole, (2, 3, 4))], axis=2))
+    for name in ("low", "high", "mean", "power"):
+        np.testing.assert_allclose(getattr(broken, name), getattr(plain, name), rtol=1e-6)

@@ -112,7 +112,18 @@ BETWEEN: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], str]] = {
         "QLinearMul",
     ),
 }
-BETWEEN["concat"][0][0] = helper.make_node("Split", ["c"], ["c1", "c2"], axis=1, name="split")
+_BOUNDS = {"l": np.float32(-0.1), "h": np.float32(0.4)}
+for _name in ("leaky", "sigmoid", "mean-pool", "global", "concat", "hard-sigmoid", "hard-swish-operator"):
+    _nodes, _constants, _kernel = BETWEEN[_name]
+    *_first, _last = _nodes
+    _bare = onnx.NodeProto()
+    _bare.CopyFrom(_last)
+    _bare.output[0] = "raw"
+    BETWEEN[f"{_name} within bounds"] = (
+        [*_first, _bare, node("Clip", ["raw", "l", "h"], "m")], _constants | _BOUNDS, _kernel
+    )  # fmt: skip
+for _name in ("concat", "concat within bounds"):
+    BETWEEN[_name][0][0] = helper.make_node("Split", ["c"], ["c1", "c2"], axis=1, name="split")
 
 
 @pytest.mark.parametrize("name", BETWEEN)

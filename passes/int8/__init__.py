@@ -14,7 +14,7 @@ from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, speed
-from onnxslim.passes.int8.lowering import convolve_normalizations, protect_captured, protect_pools
+from onnxslim.passes.int8.lowering import clip_bounded, convolve_normalizations, protect_captured, protect_pools
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.passes.int8.remainder import Remainder
 from onnxslim.profiles import PROFILES, REFUSED, Profile
@@ -103,6 +103,7 @@ class Int8(Pass):
         protect_pools(draft)
         protect_captured(draft)
         convolve_normalizations(draft)
+        clip_bounded(draft)
         name_all_nodes(draft)  # those that came with the operator set
         layers = _layers(draft)
         units, reasons = find_units(draft)
@@ -131,11 +132,11 @@ class Int8(Pass):
         deduplicate_initializers(draft)  # a weight that several layers read has been stored for each of them
         forget_ranks(draft, set(guessed))
         figures |= self._saturation(ready, products, ctx)
-        total = sum(ready.macs.values())
+        total = sum(ready.macs.get(n, 0) for n in layers)
         stats: dict[str, Any] = {
             "layers": len(layers),
             "int8_layers": len(products),
-            "int8_macs_fraction": round(sum(ready.macs[n] for n in products) / max(total, 1), 4),
+            "int8_macs_fraction": round(sum(ready.macs.get(n, 0) for n in products) / max(total, 1), 4),
             "ranges": ready.methods,
             "restored": [n for n in wanted if n not in products],
         }

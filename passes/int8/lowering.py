@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim.graph import add_constant, add_node, attribute, in_branches, is_op, known_shape, remove_dead, replace
+from onnxslim.graph import (
+    add_constant,
+    add_node,
+    attribute,
+    constant,
+    in_branches,
+    is_constant,
+    is_op,
+    known_shape,
+    only_user,
+    remove_dead,
+    replace,
+)
 from onnxslim.linear import batchnorm_statistics, float64, inference_batchnorm
 from onnxslim.units import MOVES, saturating
 
@@ -47,6 +59,45 @@ def _barrier(
 ) -> ir.Value:
     """``value`` once more, behind an operator that nothing is moved across: the maximum of it and itself."""
     return add_node(model.graph, "Max", [value, value], like=value, before=before, after=after).outputs[0]
+
+
+def clip_bounded(model: ir.Model) -> None:
+    """Make a Clip of every Max and Min of a value and a number, one Clip of those in a row, in place; float32.
+
+    What is stored saturates at the bounds of a Clip by itself.
+    """
+    made: dict[ir.Node | None, tuple[ir.Value, float, float]] = {}
+    for node in list(in_branches(model.graph)):
+        found = _bounded(node)
+        if found is None:
+            continue
+        value, low, high = found
+        if value.producer() in made and only_user(value) is node:
+            inner, lowest, highest = made[value.producer()]
+            if max(low, lowest) <= min(high, highest):
+                value, low, high = inner, max(low, lowest), min(high, highest)
+        bounds = [
+            None if np.isinf(a) else add_constant(model.graph, f"{node.name}_bound", np.array(a, np.float32))
+            for a in (low, high)
+        ]
+        clip = add_node(model.graph, "Clip", [value, *bounds], before=node, like=node.outputs[0])
+        made[clip] = value, low, high
+        replace(node.outputs[0], clip.outputs[0])
+        remove_dead(model.graph, start=[node])
+
+
+def _bounded(node: ir.Node) -> tuple[ir.Value, float, float] | None:
+    """The value that a Max or Min keeps from going below the second, or above the third of what is returned."""
+    if not is_op(node, "Max", "Min") or len(node.inputs) != 2 or node.outputs[0].dtype is not ir.DataType.FLOAT:
+        return None
+    for value, other in (node.inputs, node.inputs[::-1]):
+        number, shape = constant(other), known_shape(value)
+        if value is None or is_constant(value) or number is None or number.size != 1 or shape is None:
+            continue
+        if number.ndim <= len(shape):  # else the result has more axes
+            bound = float(number.item())
+            return (value, bound, np.inf) if node.op_type == "Max" else (value, -np.inf, bound)
+    return None
 
 
 def convolve_normalizations(model: ir.Model) -> None:

@@ -33,11 +33,11 @@ class Prepared:
     Attributes:
         units: all units of the model; ``products`` are the names of those that may run on integers.
         sizes: elements per value, averaged over the samples.
-        macs: multiply-accumulates per product.
+        macs: multiply-accumulates per node, those of other products too.
         params, weights, shift: see `Plan`.
         methods: how many ranges were taken by each method.
         saturating: products whose sums of two products would not fit into 16 bits, which CPUs without VNNI have.
-        narrow: those of them whose weights are kept smaller for that reason.
+        narrow: those of them whose weights are kept smaller for that reason, and others that read the same weights.
         profile: the execution provider that is served.
         barred: glue and moves that stay in float.
     """
@@ -84,10 +84,12 @@ def survey(
     owner = sources(units.values())
     names = dict.fromkeys(owner.get(v, v) for v in stored_values(units, units))
     histograms = {name: Histogram() for name in names}
-    grams = _grams(units, wanted, max(ROWS // len(data), 16))
+    first = _sharing(units, [n for n in products if n in units])
+    grams = _grams(units, first.values(), max(ROWS // len(data), 16))
     attached: dict[str, list[calibration.Statistic]] = {name: [h] for name, h in histograms.items()}
-    for name, gram in grams.items():
-        attached.setdefault(units[name].inputs[0], []).append(gram)
+    for name, leader in first.items():
+        if leader in grams:
+            attached.setdefault(units[name].inputs[0], []).append(grams[leader])
     calibration.collect(model, attached, ctx, data=data)
     del attached  # the moments take more memory than the model: they are let go of as they are used
     for gram in grams.values():
@@ -99,14 +101,18 @@ def survey(
     }
     units = {n: u for n, u in units.items() if all(options.get(owner.get(v, v), True) for v in (*u.inputs, *u.outputs))}
     kept = [n for n in products if n in units]
+    readers: dict[str, list[str]] = {}
+    for name in kept:
+        readers.setdefault(first[name], []).append(name)
 
-    def store(name: str, *, narrow: bool = False) -> tuple[np.ndarray, QParams]:
-        choices = options[owner.get(units[name].inputs[0], units[name].inputs[0])].values()
-        least = min(float(c.scale) for c in choices)
-        gram = grams.get(name) if portable and not narrow else grams.pop(name, None)
-        return _store(units[name], per_channel, gram, least, narrow=narrow)
+    def store(leader: str, *, narrow: bool = False) -> dict[str, tuple[np.ndarray, QParams]]:
+        names = readers[leader]
+        sources_of = [owner.get(units[n].inputs[0], units[n].inputs[0]) for n in names]
+        steps = [min(float(c.scale) for c in options[source].values()) for source in sources_of]
+        gram = grams.get(leader) if portable and not narrow else grams.pop(leader, None)
+        return dict.fromkeys(names, _store([units[n] for n in names], per_channel, gram, steps, narrow=narrow))
 
-    weights = {name: store(name) for name in kept}
+    weights = {name: found for leader in readers for name, found in store(leader).items()}
     params = {name: found["mse" if "mse" in found else "minmax"] for name, found in options.items() if found}
     compared = data.spread(COMPARED)
     shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
@@ -116,15 +122,17 @@ def survey(
         saturating = overflowing(
             model, chosen, weights, {n: params[owner.get(v, v)] for n, v in _reads(chosen)}, ctx, data
         )
-    if portable and saturating:
-        weights.update({name: store(name, narrow=True) for name in saturating})
+    narrow = [n for names in readers.values() if any(n in saturating for n in names) for n in names] if portable else []
+    if narrow:
+        for leader in dict.fromkeys(first[n] for n in narrow):
+            weights.update(store(leader, narrow=True))
         grams.clear()
         shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
     table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
     sizes = {name: histograms[owner.get(name, name)].elements for name in (*names, *owner)}
     return Prepared(
-        units, kept, sizes, {n: table.get(n, 0) for n in kept}, params, weights, shift, methods,
-        saturating, saturating if portable else [], profile,
+        units, kept, sizes, table, params, weights, shift, methods,
+        saturating, narrow, profile,
     )  # fmt: skip
 
 
@@ -215,15 +223,29 @@ def _compare(
         if (name, winner.get(local.inputs[name])) not in means:
             continue
         seen = np.array(means[name, winner[local.inputs[name]]], np.float64)
+        seen = np.where(np.isfinite(seen).all(0), seen, 0)  # a channel that is infinite somewhere has no mean error
         mean, doubt = seen.mean(0), seen.var(0) / len(seen)
         shift[name] = -mean * np.square(mean) / (np.square(mean) + doubt + 1e-30)
     return shift, methods
 
 
+def _sharing(units: Mapping[str, Unit], products: Sequence[str]) -> dict[str, str]:
+    """For each product the first that multiplies by the same weight in the same way: they store it together."""
+    found: dict[tuple[object, ...], str] = {}
+    result = {}
+    for name in products:
+        unit = units[name]
+        assert unit.weight is not None
+        index, axis = unit.weight
+        windows = [(a.name, str(a.value)) for a in unit.node.attributes.values()] if unit.op == "Conv" else []
+        result[name] = found.setdefault((unit.node.inputs[index], axis, unit.op == "Conv", *sorted(windows)), name)
+    return result
+
+
 def _grams(units: Mapping[str, Unit], products: Collection[str], rows: int) -> dict[str, Gram]:
     """Moments of the inputs of every product that is not too wide for them."""
     found = {}
-    for name in products:
+    for name in dict.fromkeys(products):
         unit = units[name]
         assert unit.weight is not None
         weight = constant(unit.node.inputs[unit.weight[0]])
@@ -235,25 +257,26 @@ def _grams(units: Mapping[str, Unit], products: Collection[str], rows: int) -> d
 
 
 def _store(
-    unit: Unit, per_channel: bool, gram: Gram | None, scale: float, *, narrow: bool
+    units: Sequence[Unit], per_channel: bool, gram: Gram | None, steps: Sequence[float], *, narrow: bool
 ) -> tuple[np.ndarray, QParams]:
-    """The stored weight of a product whose input is stored with at least the step ``scale``.
+    """The stored weight of products that share it, whose inputs are stored with at least ``steps``.
 
     Args:
         narrow: so that the sum of two products always fits into 16 bits.
     """
-    assert unit.weight is not None
-    index, axis = unit.weight
-    weight = constant(unit.node.inputs[index])
+    node, place = units[0].node, units[0].weight
+    assert place is not None
+    index, axis = place
+    weight = constant(node.inputs[index])
     assert weight is not None
-    pairs = neighbours(unit.node, weight.shape, axis) if narrow else None
+    pairs = neighbours(node, weight.shape, axis) if narrow else None
     params = weight_params(weight, axis, pairs=pairs, per_channel=per_channel)
-    bias = constant(unit.node.inputs[2]) if len(unit.node.inputs) > 2 else None
-    if unit.bias is not None:  # a row behind a MatMul is stored as the bias of a Gemm
-        bias = next(a for v in unit.bias.inputs if (a := constant(v)) is not None)
-    if bias is not None:
-        channels = weight.shape[axis]
-        params = widen_for_bias(params, np.broadcast_to(bias.reshape(-1), (channels,)), scale)
+    for unit, step in zip(units, steps, strict=True):
+        bias = constant(unit.node.inputs[2]) if len(unit.node.inputs) > 2 else None
+        if unit.bias is not None:  # a row behind a MatMul is stored as the bias of a Gemm
+            bias = next(a for v in unit.bias.inputs if (a := constant(v)) is not None)
+        if bias is not None:
+            params = widen_for_bias(params, np.broadcast_to(bias.reshape(-1), (weight.shape[axis],)), step)
     stored = store_weight(weight, axis, params, pairs)
     if gram is not None:
         stored = refine(weight, stored, params, gram, axis, pairs)

@@ -13,7 +13,7 @@ from onnx import helper
 from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.graph import subgraphs
-from onnxslim.passes.int8.lowering import convolve_normalizations, protect_captured, protect_pools
+from onnxslim.passes.int8.lowering import clip_bounded, convolve_normalizations, protect_captured, protect_pools
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracles import apply
@@ -82,6 +82,49 @@ def test_statistics_that_are_no_numbers_stay_as_they_are() -> None:
     model = build([FIRST, normalization("c", "m"), LAST], CONV | broken, X.shape)
     convolve_normalizations(model)
     assert sum(n.op_type == "BatchNormalization" for n in model.graph) == 1
+
+
+@pytest.mark.parametrize(
+    ("between", "clips"),
+    [
+        ([node("Max", ["c", "low"], "m")], 1),
+        ([node("Min", ["high", "c"], "m")], 1),
+        ([node("LeakyRelu", ["c"], "r"), node("Max", ["low", "r"], "m")], 1),
+        ([node("Max", ["c", "low"], "r"), node("Min", ["r", "high"], "m")], 1),
+        ([node("Min", ["c", "high"], "r"), node("Max", ["row", "r"], "m")], 1),
+    ],
+)
+def test_numbers_as_bounds_are_those_of_what_is_stored(between: list[onnx.NodeProto], clips: int) -> None:
+    bounds = {"low": np.float32(-0.4), "high": np.array([0.5], np.float32), "row": np.full((1, 1), -0.2, np.float32)}
+    model = build([FIRST, *between, LAST], CONV | bounds, X.shape)
+    draft = model.clone()
+    clip_bounded(draft)
+    assert [n.op_type for n in draft.graph if n.op_type in ("Max", "Min", "Clip")] == ["Clip"] * clips
+    exact, same = (runtime.load(m, optimize=False)({"x": X})["y"] for m in (model, draft))
+    np.testing.assert_array_equal(same, exact)
+    result, _ = quantized(draft, X)
+    assert not kernels(result) & {"Conv", "Max", "Min", "Clip", "LeakyRelu"}
+    assert np.linalg.norm(exact - runtime.load(result)({"x": X})["y"]) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [node("Max", ["c", "c"], "m")],
+        [node("Max", ["c", "vector"], "m")],
+        [node("Max", ["c", "low", "high"], "m")],
+        [node("Min", ["c", "low"], "r"), node("Max", ["r", "high"], "m")],  # bounds that no value keeps
+        [node("Max", ["c", "low"], "r"), node("Tanh", ["r"], "t"), node("Min", ["r", "t"], "m")],
+        [node("Max", ["c", "low"], "r"), node("Min", ["r", "high"], "q"), node("Add", ["q", "r"], "m")],
+    ],
+)
+def test_other_bounds_give_the_same(between: list[onnx.NodeProto]) -> None:
+    bounds = {"low": np.float32(-0.4), "high": np.float32(0.5), "vector": f(16, 1, 1)}
+    model = build([FIRST, *between, LAST], CONV | bounds, X.shape)
+    draft = model.clone()
+    clip_bounded(draft)
+    exact, same = (runtime.load(m, optimize=False)({"x": X})["y"] for m in (model, draft))
+    np.testing.assert_array_equal(same, exact)
 
 
 def test_what_a_branch_reads_of_a_reshape_comes_through_a_barrier() -> None:
