@@ -25,6 +25,8 @@ from onnxslim.units import Unit
 LIMIT = np.iinfo(np.int16).max
 # Samples that are simulated, and rows of each.
 SAMPLES, ROWS = 8, 64
+# Sums that are made for all outputs at once, the largest first.
+CHUNK = 256
 
 
 @functools.cache
@@ -42,7 +44,7 @@ def saturates_here() -> bool:
 
 
 class Pairs:
-    """The largest magnitude of a sum of two neighbouring products, over the inputs seen.
+    """Whether a sum of two neighbouring products leaves 16 bits for the inputs seen.
 
     Args:
         params: how the input is stored (u8).
@@ -54,21 +56,39 @@ class Pairs:
         self.params = params
         weight = np.moveaxis(stored, axis, 0).reshape(self.gram.groups, stored.shape[axis] // self.gram.groups, -1)
         self.order = neighbours(unit.node, stored.shape, axis).reshape(-1)
-        self.weight = weight[..., self.order]
-        self.peak = 0
+        self.first, self.second = weight[..., self.order[0::2]], weight[..., self.order[1::2]]
+        both = self.first.astype(np.int16) + self.second
+        parts = (self.first, self.second, both)
+        # Over the outputs, (groups, 1, pairs) each: of the first, the second, and their sum.
+        self._most = [part.max(1, keepdims=True).astype(np.int32) for part in parts]
+        self._least = [part.min(1, keepdims=True).astype(np.int32) for part in parts]
+        self.overflow = False
 
     def update(self, array: np.ndarray) -> None:
+        if self.overflow:
+            return
         rows = self.gram.windows(array)
         rows = finite(rows[:, :: max(-(-rows.shape[1] // ROWS), 1)][..., self.order])
         if not rows.shape[1]:
             return
         codes = quantize(rows, self.params).astype(np.int32)
-        for group, stored in zip(codes, self.weight, strict=True):
-            weight = stored.astype(np.int32)
-            for row in group:
-                products = row * weight
-                sums = products[:, 0::2] + products[:, 1::2]
-                self.peak = max(self.peak, int(np.abs(sums).max(initial=0)))
+        first, second = codes[..., 0::2], codes[..., 1::2]
+        # a v + b w is min(a, b) (v + w) and what the larger one has beyond: no output can have more than the largest of
+        # both, and the products need to be made only where that is too much.
+        common = np.minimum(first, second)
+        most, least = (
+            common * both + (first - common) * v + (second - common) * w for v, w, both in (self._most, self._least)
+        )
+        reach = np.maximum(most, -least)
+        suspects = np.argwhere(reach > LIMIT)
+        suspects = suspects[np.argsort(-reach[tuple(suspects.T)], kind="stable")]
+        for start in range(0, len(suspects), CHUNK):
+            group, row, pair = suspects[start : start + CHUNK].T
+            sums = first[group, row, pair, None] * self.first[group, :, pair].astype(np.int32)
+            sums += second[group, row, pair, None] * self.second[group, :, pair].astype(np.int32)
+            if np.abs(sums).max(initial=0) > LIMIT:
+                self.overflow = True
+                return
 
 
 def neighbours(node: ir.Node, shape: tuple[int, ...], axis: int) -> np.ndarray:
@@ -110,4 +130,4 @@ def overflowing(
         attached.setdefault(units[name].inputs[0], []).append(pair)
     if attached:
         collect(model, attached, ctx, data=data.spread(SAMPLES), label="saturation")
-    return [name for name, pair in pairs.items() if pair.peak > LIMIT]
+    return [name for name, pair in pairs.items() if pair.overflow]
