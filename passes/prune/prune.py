@@ -25,6 +25,7 @@ from onnxslim.passes.prune import record as plans
 from onnxslim.passes.prune.layers import Layer, layer
 from onnxslim.passes.prune.plan import Planner
 from onnxslim.passes.prune.reconstruct import refit
+from onnxslim.restoring import FEWEST
 
 TRIALS = 8  # plans tried without refitting
 ATTEMPTS = 3  # plans, each more careful, before "nothing is nearly free"
@@ -33,7 +34,7 @@ LEVELS = (0.35, 1.0)  # parts of what may leave a family at which that is measur
 FELT = 1e-4  # relative error of the readers that is more than rounding
 MOST = 0.6  # share of a family that can leave when only what is nearly free may
 REASONS = 3  # told where nothing can leave
-HELD, FEWEST = 0.2, 4  # share of the samples that judge; at least so many, where there are twice as many
+HELD = 0.2  # share of the samples that judge; at least FEWEST, where there are twice as many
 BUDGETS = ("ratio", "params", "macs", "latency")
 
 
