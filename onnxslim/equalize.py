@@ -47,8 +47,9 @@ class Channels:
 
     def update(self, array: np.ndarray) -> None:
         rows = np.moveaxis(array, self.axis, 0).reshape(array.shape[self.axis], -1)
-        if not np.isfinite(rows).all():
-            rows = rows[:, np.isfinite(rows).all(0)]
+        known = np.isfinite(rows)
+        if not known.all():
+            rows = rows[:, known.all(0)]
         if not rows.shape[1]:
             return
         if not self.count:

@@ -124,7 +124,6 @@ class _Writer:
         self.values.update((v.name or "", v) for node in g.in_branches(model.graph) for v in node.outputs)
         self.once = {node.graph for node in g.in_branches(model.graph)}
         self.shared: dict[str, tuple[ir.Value, ir.Value]] = {}
-        self.stored_weights: dict[tuple[str, int | None], tuple[np.ndarray, QParams, ir.Value]] = {}
 
     def params(self, value: str) -> QParams:
         return self.plan.params[self.owner.get(value, value)]

@@ -52,8 +52,7 @@ class Gram:
         self.square = np.zeros((self.groups, self.width, self.width))
 
     def update(self, array: np.ndarray) -> None:
-        rows = self.windows(array)
-        rows = finite(rows[:, :: max(-(-rows.shape[1] // self.rows), 1)].astype(np.float32))
+        rows = self.some(array)
         if not rows.shape[1]:
             return
         if self._block is None:
@@ -78,6 +77,13 @@ class Gram:
         """Take in what waits and give its memory back; more rows may follow."""
         self._flush()
         self._block = None
+
+    def some(self, array: np.ndarray) -> np.ndarray:
+        """(groups, n, K), float32: ``windows`` thinned out, without those that are NaN or infinite in some group."""
+        rows = self.windows(array)
+        rows = rows[:, :: max(-(-rows.shape[1] // self.rows), 1)].astype(np.float32)
+        known = np.isfinite(rows)
+        return rows if known.all() else rows[:, known.all((0, 2))]
 
     def windows(self, array: np.ndarray) -> np.ndarray:
         """(groups, positions, K): what each output of the product multiplies; of a Conv, thinned out."""
@@ -106,12 +112,6 @@ class Gram:
         """Second moments, (groups, K, K)."""
         self.finish()
         return self.square / max(self.count, 1)
-
-
-def finite(rows: np.ndarray) -> np.ndarray:
-    """``rows`` (groups, n, K) without those that are NaN or infinite somewhere in one of the groups."""
-    known = np.isfinite(rows)
-    return rows if known.all() else rows[:, known.all((0, 2))]
 
 
 def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, pairs: np.ndarray | None = None) -> np.ndarray:

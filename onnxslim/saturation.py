@@ -19,7 +19,7 @@ from onnxslim.contract import Context
 from onnxslim.data import Data
 from onnxslim.graph import attribute
 from onnxslim.quantization import QParams, may_saturate, quantize
-from onnxslim.rounding import Gram, finite
+from onnxslim.rounding import Gram
 from onnxslim.units import Unit
 
 LIMIT = np.iinfo(np.int16).max
@@ -67,8 +67,7 @@ class Pairs:
     def update(self, array: np.ndarray) -> None:
         if self.overflow:
             return
-        rows = self.gram.windows(array)
-        rows = finite(rows[:, :: max(-(-rows.shape[1] // ROWS), 1)][..., self.order])
+        rows = self.gram.some(array)[..., self.order]
         if not rows.shape[1]:
             return
         codes = quantize(rows, self.params).astype(np.int32)
