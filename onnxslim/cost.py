@@ -350,14 +350,17 @@ def _einsum(node: ir.Node, shapes: _Shapes) -> int | None:
     return math.prod(sizes.values()) * (len(terms) - 1)
 
 
-def _recurrent(gates: int) -> Rule:
-    """steps·batch·directions·gates·hidden·(input + hidden); X (steps, batch, input), R (directions, ·, hidden)."""
+def _recurrent(gates: int, hidden_axis: int = 2) -> Rule:
+    """steps·batch·directions·gates·hidden·(input + hidden); X (steps, batch, input), R (directions, ·, hidden).
+
+    ``hidden_axis`` is 1 where R is transposed.
+    """
 
     def count(node: ir.Node, shapes: _Shapes) -> int | None:
         data, recurrence = shapes(node.inputs[0]), shapes(node.inputs[2])
         if data is None or recurrence is None:
             return None
-        directions, hidden = recurrence[0], recurrence[2]
+        directions, hidden = recurrence[0], recurrence[hidden_axis]
         return data[0] * data[1] * directions * gates * hidden * (data[2] + hidden)
 
     return count
@@ -424,6 +427,7 @@ _MICROSOFT: dict[str, Rule] = {
     "FusedMatMul": _matmul,
     "MatMulIntegerToFloat": _matmul,
     "DynamicQuantizeMatMul": _matmul,
+    "DynamicQuantizeLSTM": _recurrent(4, hidden_axis=1),
     "MatMulNBits": _n_bits,
     "MultiHeadAttention": _multi_head_attention,
     "Attention": _packed_attention,

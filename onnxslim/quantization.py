@@ -21,6 +21,8 @@ LARGEST_BIAS = 2.0**30
 LARGEST = 127
 # Two neighbouring weights of one sign add up to this at most where their products with u8 are added in signed 16 bits.
 LARGEST_PAIR = (2**15 - 1) // 255
+# Numbers that are worked on at a time: what the caches of a processor hold.
+BLOCK = 1 << 15
 # Shares of the range of a weight that its steps may span; more than the range leaves room for large neighbours.
 CLIPPED, WIDENED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5), (1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
 
@@ -87,36 +89,42 @@ def weight_params(
     *,
     per_channel: bool = True,
     pairs: np.ndarray | None = None,
-    importance: np.ndarray | None = None,
 ) -> QParams:
     """Signed symmetric parameters for ``weight`` with one scale per index of ``axis``, or one for all.
 
-    Each scale minimizes the squared rounding error of its channel over a small set of factors of its range, weighted by
-    ``importance``.
+    Each scale minimizes the squared rounding error of its channel over a small set of factors of its range.
 
     Args:
         pairs: neighbours of each channel whose sum `within_pairs` will limit, (pairs, 2).
-        importance: shape broadcastable to ``weight``: the mean square of the activation that each weight multiplies.
     """
-    rows = _rows(weight, axis).astype(np.float64)
-    costs = np.ones(1) if importance is None else _rows(np.broadcast_to(importance, weight.shape), axis)
-    peak = np.maximum(np.abs(rows).max(1, initial=0.0), SMALLEST_SCALE * LARGEST)
+    rows = _rows(weight, axis)
+    peak = np.maximum(np.abs(rows).max(1, initial=0.0).astype(np.float64), SMALLEST_SCALE * LARGEST)
     if not per_channel:
-        peak = peak.max(keepdims=True)
+        peak = np.full(len(peak), peak.max(initial=0.0))
+    factors = CLIPPED if pairs is None else CLIPPED + WIDENED
+    errors = np.empty((len(factors), len(rows)))
+    height = max(BLOCK // max(rows.shape[1], 1), 1)
+    for start in range(0, len(rows), height):  # all factors while a few rows are in the processor's cache
+        part = slice(start, start + height)
+        block = rows[part].astype(np.float64)
+        for index, factor in enumerate(factors):
+            trial = (peak[part] * factor / LARGEST)[:, None]
+            steps = np.rint(block / trial)
+            np.clip(steps, -LARGEST, LARGEST, out=steps)
+            if pairs is not None:
+                steps = within_pairs(steps, pairs)
+            steps *= trial
+            steps -= block
+            errors[index, part] = np.square(steps, out=steps).sum(1)
+    if not per_channel:
+        peak, errors = peak[:1], errors.sum(1, keepdims=True)
     best = np.full(len(peak), np.inf)
     scale = peak / LARGEST
-    for factor in CLIPPED if pairs is None else CLIPPED + WIDENED:
-        trial = peak * factor / LARGEST
-        steps = np.clip(np.rint(rows / trial[:, None]), -LARGEST, LARGEST)
-        if pairs is not None:
-            steps = within_pairs(steps, pairs)
-        error = (costs * np.square(steps * trial[:, None] - rows)).sum(1)
-        if not per_channel:
-            error = error.sum(keepdims=True)
+    for factor, error in zip(factors, errors, strict=True):
         # Clipping must pay: a tie keeps the whole range.
         better = error < best * (1 - 1e-9)
         best = np.where(better, error, best)
-        scale = np.where(better, trial, scale)
+        scale = np.where(better, peak * factor / LARGEST, scale)
     if not per_channel:
         return QParams(np.array(scale[0], np.float32), np.array(0, np.int8))
     return QParams(scale.astype(np.float32), np.zeros(len(scale), np.int8), axis)
@@ -154,12 +162,15 @@ def within_pairs(steps: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     Args:
         pairs: columns (pairs, 2), each in one pair at most, whose products x86 CPUs without VNNI add in 16 bits.
     """
-    first, second = steps[:, pairs[:, 0]], steps[:, pairs[:, 1]]
-    excess = np.maximum(np.abs(first + second) - LARGEST_PAIR, 0)
-    sign = np.sign(first + second)
+    total = steps[:, pairs[:, 0]] + steps[:, pairs[:, 1]]
+    rows, found = np.nonzero(np.abs(total) > LARGEST_PAIR)
+    if not len(rows):
+        return steps
+    total = total[rows, found]
+    excess, sign = np.abs(total) - LARGEST_PAIR, np.sign(total)
     result = steps.copy()
-    result[:, pairs[:, 0]] = first - sign * (excess - excess // 2)
-    result[:, pairs[:, 1]] = second - sign * (excess // 2)
+    result[rows, pairs[found, 0]] -= sign * (excess - excess // 2)
+    result[rows, pairs[found, 1]] -= sign * (excess // 2)
     return result
 
 

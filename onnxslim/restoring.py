@@ -68,12 +68,9 @@ class Judge:
     def rank(self, names: Sequence[str]) -> dict[str, float]:
         """Noise that each of ``names`` makes when it alone is changed; on as many samples as the work allows."""
         count = int(np.clip(WORK / (self._macs * max(len(names), 1)), 1, len(self.feeds)))
-        totals = dict.fromkeys(names, 0.0)
-        tracked = self.ctx.progress.track(self.feeds[:count], total=count, label="sensitivity")
-        for feed, exact in zip(tracked, self.exact, strict=False):
-            for name in names:
-                totals[name] += noise([(exact, self.run(feed, (name,)))])
-        return {name: total / count for name, total in totals.items()}
+        judges = list(zip(self.feeds, self.exact, strict=True))[:count]
+        tracked = self.ctx.progress.track(names, total=len(names), label="sensitivity")
+        return {n: sum(noise([(exact, self.run(feed, (n,)))]) for feed, exact in judges) / count for n in tracked}
 
 
 @dataclasses.dataclass(frozen=True)

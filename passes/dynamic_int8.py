@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim import dynamic, runtime
+from onnxslim import cost, dynamic, runtime
 from onnxslim.choice import fastest, slower_layer
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
-from onnxslim.probe import noise
-from onnxslim.restoring import keep
+from onnxslim.restoring import Judge, keep
 from onnxslim.saturation import saturates_here
 from onnxslim.units import NEVER, PRODUCTS, name_all_nodes
 
@@ -58,55 +59,93 @@ class DynamicInt8(Pass):
         draft = model.clone()
         name_all_nodes(draft)
         reasons: dict[str, str] = {}
-        chosen: list[str] = []
+        suited: list[str] = []
         for node in draft.graph.all_nodes():
             if not is_op(node, *PRODUCTS, *NEVER):
                 continue
             reason = "asked to stay in float" if node.name in self.keep else dynamic.unsuitable(node)
             if reason is None:
-                chosen.append(node.name or "")
+                suited.append(node.name or "")
             else:
                 reasons[node.name or ""] = reason
-        layers = len(chosen) + len(reasons)
-        problem = raise_opset(draft, 13) if chosen else None
+        layers = len(suited) + len(reasons)
+        problem = raise_opset(draft, 13) if suited else None
         if problem is None and ctx.target == "cuda":
             problem = "ONNX Runtime's CUDA provider has no dynamic integer kernels"
-        feeds = list(ctx.calibration.spread(TIMED).feeds()) if len(ctx.calibration) else []
-        if problem is None and self.measure and not feeds:
+        if problem is None and self.measure and not len(ctx.calibration):
             problem = "nothing to measure it with: the model does not run on generated inputs; give --calib"
-        if problem is not None:
-            reasons.update(dict.fromkeys(chosen, problem))
-            chosen = []
         portable = saturates_here() if self.portable is None else self.portable
-        search = _Search(draft, feeds, ctx, reasons, portable)
-        if chosen and self.fidelity and feeds:
-            chosen = search.faithful(chosen, 1 - self.fidelity)
-        if chosen and self.measure:
-            chosen = search.faster(chosen)
-        if chosen:
-            dynamic.insert(draft, chosen, portable=portable)
+        if problem is not None:
+            reasons.update(dict.fromkeys(suited, problem))
+            suited = []
+        found = search(draft, suited, ctx.calibration, ctx, self.fidelity, measure=self.measure, portable=portable)
+        reasons |= found.reasons
+        if found.names:
+            dynamic.insert(draft, found.names, portable=portable)
             model.graph = draft.graph
-        stats = {"layers": layers, "int8_layers": len(chosen), "portable": portable, **search.figures}
+        stats: dict[str, Any] = {"layers": layers, "int8_layers": len(found.names), "portable": portable}
+        figures = {"fidelity": found.fidelity, "speedup": found.speeds}
+        stats |= {name: figure for name, figure in figures.items() if figure}
         return Outcome(stats, [Skip(name, reason) for name, reason in reasons.items()])
 
 
 @dataclasses.dataclass
-class _Search:
-    """Which layers of ``model`` are worth having on integers; the others get their ``reasons``."""
+class Found:
+    """Which layers are worth it.
 
+    Attributes:
+        names: of the layers, in the order of the graph.
+        reasons: why each of the others is not.
+        fidelity: of the outputs; None where it was not judged.
+        speeds: over the model as it was, of each candidate that was timed.
+    """
+
+    names: list[str]
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    fidelity: float | None = None
+    speeds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def search(
+    model: ir.Model,
+    names: Sequence[str],
+    data: Data,
+    ctx: Context,
+    fidelity: float,
+    *,
+    measure: bool,
+    portable: bool,
+) -> Found:
+    """Find those of ``names`` that keep ``fidelity`` on integers (0 is no bound), and with ``measure`` are faster.
+
+    Args:
+        model: it is not changed; its nodes have names of their own.
+        data: samples that judge; nothing is learned from them.
+        portable: see `DynamicInt8`.
+    """
+    trial = _Trial(model, data, ctx, portable, Found(list(names)))
+    found = trial.found
+    if found.names and fidelity and len(data):
+        trial.faithful(1 - fidelity)
+    if found.names and measure:
+        trial.faster()
+    return found
+
+
+@dataclasses.dataclass
+class _Trial:
     model: ir.Model
-    feeds: Sequence[Mapping[str, np.ndarray]]
+    data: Data
     ctx: Context
-    reasons: dict[str, str]
     portable: bool
-    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    found: Found
 
-    def faster(self, chosen: list[str]) -> list[str]:
-        """Those of ``chosen`` that make the model faster."""
+    def faster(self) -> None:
+        """Leave out what does not make the model faster."""
+        found, chosen = self.found, self.found.names
+        feeds = list(self.data.spread(TIMED).feeds())
         models = {"all": self.insert(chosen)}
-        float_times, times = (
-            runtime.profile(m, self.feeds, threads=self.ctx.threads) for m in (self.model, models["all"])
-        )
+        float_times, times = (runtime.profile(m, feeds, threads=self.ctx.threads) for m in (self.model, models["all"]))
         outputs = {node.name: [v.name or "" for v in node.outputs] for node in self.model.graph.all_nodes()}
         losing: dict[str, str] = {}
         for name in chosen:
@@ -116,42 +155,37 @@ class _Search:
         kept = [n for n in chosen if n not in losing]
         if losing and kept:
             models["restored"] = self.insert(kept)
-        choice = fastest(self.model, models, self.feeds, self.ctx, least=FASTER)
-        self.figures["speedup"] = {name: round(speed, 3) for name, speed in choice.speeds.items()}
+        choice = fastest(self.model, models, feeds, self.ctx, least=FASTER)
+        found.speeds = {name: round(speed, 3) for name, speed in choice.speeds.items()}
         if choice.name is None:
-            self.reasons.update(dict.fromkeys(chosen, choice.refusal))
-            return []
-        if choice.name == "all":
-            return chosen
-        self.reasons.update(losing)
-        return kept
+            found.names = []
+            found.reasons.update(dict.fromkeys(chosen, choice.refusal))
+        elif choice.name != "all":
+            found.names = kept
+            found.reasons.update(losing)
 
-    def insert(self, names: Sequence[str]) -> ir.Model:
+    def insert(self, names: Collection[str]) -> ir.Model:
         """A copy of the model with ``names`` on integers."""
         clone = self.model.clone()
         dynamic.insert(clone, names, portable=self.portable)
         return clone
 
-    def faithful(self, chosen: list[str], budget: float) -> list[str]:
-        """As many of ``chosen`` as the outputs bear, the layers that disturb them most left out first."""
-        runner = runtime.load(self.model, threads=self.ctx.threads)
-        exact = [runtime.arrays(runner(f)) for f in self.feeds]
+    def faithful(self, budget: float) -> None:
+        """Leave out as much as the outputs cannot bear, the layers that disturb them most first."""
 
-        def lost(names: Sequence[str]) -> float:
-            if not names:
-                return 0.0
-            other = runtime.load(self.insert(names), threads=self.ctx.threads)
-            return noise([(e, runtime.arrays(other(f))) for e, f in zip(exact, self.feeds, strict=True)])
+        @functools.lru_cache(maxsize=1)  # samples are judged one after the other with the same layers
+        def runner(names: frozenset[str]) -> runtime.Runner:
+            return runtime.load(self.insert(names), threads=self.ctx.threads)
 
-        def alone(names: Sequence[str]) -> dict[str, float]:
-            tracked = self.ctx.progress.track(names, total=len(names), label="sensitivity")
-            return {name: lost([name]) for name in tracked}
+        def run(feed: dict[str, np.ndarray], names: Collection[str]) -> list[np.ndarray]:
+            return runtime.arrays(runtime.run(runner(frozenset(names)), feed))
 
-        kept = keep(chosen, budget, lost, alone)
-        self.figures["fidelity"] = round(1 - kept.noise, 5)
-        for name, noise_alone in kept.restored.items():
-            self.reasons[name] = f"on integers it alone takes {noise_alone:.2%} of an output's variance"
-        return kept.names
+        macs = cost.analyze(self.model, self.data.feed(self.data[0])).macs
+        judge = Judge(run, self.data, macs, self.ctx)
+        kept = keep(self.found.names, budget, judge.noise, judge.rank)
+        self.found.names, self.found.fidelity = kept.names, round(1 - kept.noise, 5)
+        for name, alone in kept.restored.items():
+            self.found.reasons[name] = f"on integers it alone takes {alone:.2%} of an output's variance"
 
 
 def _spent(name: str, outputs: Sequence[str], times: Mapping[str, float]) -> float:

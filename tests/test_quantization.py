@@ -102,12 +102,6 @@ def test_limited_pairs_cost_less_than_a_bit() -> None:
     assert error(pairs) < 2.5 * error(None), "7 bits have 4 times the error of 8"
 
 
-def test_importance_decides_what_is_clipped() -> None:
-    weight = np.array([[1.0, 0.011, 0.013, 0.012]], np.float32)
-    careful = weight_params(weight, 0, importance=np.array([[1e-9, 1.0, 1.0, 1.0]]))
-    assert careful.scale[0] < weight_params(weight, 0).scale[0]
-
-
 def test_bias_has_the_scale_of_the_accumulator() -> None:
     weight = weight_params(np.array([[1.0], [2.0]], np.float32), 0)
     bias = np.array([3.0, -4.0], np.float32)

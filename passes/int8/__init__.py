@@ -13,7 +13,7 @@ from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
-from onnxslim.passes.int8 import accuracy, speed
+from onnxslim.passes.int8 import accuracy, dynamic, speed
 from onnxslim.passes.int8.lowering import clip_bounded, convolve_normalizations, protect_captured, protect_pools
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.passes.int8.remainder import Remainder
@@ -41,8 +41,11 @@ class Int8(Pass):
     for, and a metric its budget (``--max-drop``), and wherever int8 is measured slower. What is in float is fused, as
     by ``fuse(opset=0)``, before the two are compared.
 
+    LSTM layers, and MatMul and Gemm in the body of a Loop or Scan, have no static ranges: for the CPU they get those
+    that their inputs have at every inference, as by ``dynamic_int8``, where that is faster.
+
     Without calibration data no layer is stored: static ranges would be guesses. For the same reason what is in the
-    branch of an If stays in float where no sample takes the branch, and so does the body of a Loop or Scan.
+    branch of an If stays in float where no sample takes the branch.
 
     Options:
         fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
@@ -106,16 +109,22 @@ class Int8(Pass):
         clip_bounded(draft)
         name_all_nodes(draft)  # those that came with the operator set
         layers = _layers(draft)
-        units, reasons = find_units(draft)
-        reasons.update({n: "asked to stay in float" for n in self.keep if n in units})
-        wanted = [n for n, u in units.items() if u.kind is Kind.PRODUCT and n not in reasons]
-        if not wanted:
-            return _nothing(layers, reasons)
         fitting, held_out = parts(ctx.calibration.spread(self.samples))
         profile = PROFILES[target]
         timed = self.measure and _can_be_timed(profile, ctx)
-        changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize else {}
         portable = saturates_here() if self.portable is None else self.portable
+        plain = draft.clone()
+        without = [n for n in find_units(draft)[1] if n not in self.keep] if profile.here else []
+        ranged = dynamic.quantize(
+            draft, without, held_out, ctx, fidelity=self.fidelity, measure=timed, portable=portable
+        )
+        exact = plain if ranged.names else None
+        units, reasons = find_units(draft)
+        reasons |= ranged.reasons | {n: "asked to stay in float" for n in self.keep if n in layers}
+        wanted = [n for n, u in units.items() if u.kind is Kind.PRODUCT and n not in reasons]
+        if not wanted and not ranged.names:
+            return _nothing(layers, reasons)
+        changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize and wanted else {}
         ready = survey(draft, wanted, fitting, ctx, per_channel=self.per_channel, profile=profile, portable=portable)
         for name in (n for n in wanted if n not in ready.products):
             inside = units[name].node.graph is not draft.graph
@@ -123,42 +132,45 @@ class Int8(Pass):
                 ": no sample takes the branch it is in" if inside else ""
             )
         remainder = Remainder(draft, held_out, ctx)
-        ready, figures = self._search(draft, ready, held_out, remainder, ctx, reasons, timed)
-        products = ready.products
-        if not products:
+        figures: dict[str, Any] = {"fidelity": ranged.fidelity, "dynamic_speedup": ranged.speeds} if exact else {}
+        ready, found = self._search(draft, ready, held_out, remainder, ctx, reasons, timed, exact)
+        figures |= found
+        chosen = [*ready.products, *ranged.names]
+        if not chosen:
             return _nothing(layers, reasons, figures)
-        qdq.insert(draft, ready.plan(ready.choose(products)))
+        qdq.insert(draft, ready.plan(ready.choose(ready.products)))
         remainder.fuse(draft)
         deduplicate_initializers(draft)  # a weight that several layers read has been stored for each of them
         forget_ranks(draft, set(guessed))
-        figures |= self._saturation(ready, products, ctx)
+        figures |= self._saturation(ready, ctx)
         total = sum(ready.macs.get(n, 0) for n in layers)
         stats: dict[str, Any] = {
             "layers": len(layers),
-            "int8_layers": len(products),
-            "int8_macs_fraction": round(sum(ready.macs.get(n, 0) for n in products) / max(total, 1), 4),
+            "int8_layers": len(chosen),
+            "dynamic": ranged.names,
+            "int8_macs_fraction": round(sum(ready.macs.get(n, 0) for n in chosen) / max(total, 1), 4),
             "ranges": ready.methods,
-            "restored": [n for n in wanted if n not in products],
+            "restored": [n for n in wanted if n not in chosen],
         }
         if profile.here:
             proof = integer.prove(draft, ctx.calibration.feed(ctx.calibration[0]), threads=ctx.threads)
             blocked_layers = {x.name: f"stays in float: {x.reason}" for x in proof.layers if not x.kernel}
-            reasons.update({n: reason for n, reason in blocked_layers.items() if n in products})
+            reasons.update({n: reason for n, reason in blocked_layers.items() if n in chosen})
             stats |= {"integer_macs_fraction": round(proof.fraction, 4), "integer_kernels": proof.kernels}
             wide = [n for n in figures["saturating"] if n not in figures["narrowed"]]
             stats["kernel_noise"] = self._kernel_noise(draft, held_out, wide, ctx)
         model.graph = draft.graph
         return Outcome(stats | changed | figures, _skips(reasons))
 
-    def _saturation(self, ready: Prepared, products: Sequence[str], ctx: Context) -> dict[str, Any]:
-        """What CPUs without VNNI would make of ``products``; a warning where that is something else."""
-        saturating = [n for n in ready.saturating if n in products]
+    def _saturation(self, ready: Prepared, ctx: Context) -> dict[str, Any]:
+        """What CPUs without VNNI would make of the products; a warning where that is something else."""
+        saturating = [n for n in ready.saturating if n in ready.products]
         if saturating and not ready.narrow:
             ctx.warnings.append(
                 f"int8: on x86 CPUs without VNNI the sums of {len(saturating)} layers would saturate (first: "
                 f"{saturating[0]}); int8(portable=true) is right there too"
             )
-        return {"saturating": saturating, "narrowed": [n for n in ready.narrow if n in products]}
+        return {"saturating": saturating, "narrowed": [n for n in ready.narrow if n in ready.products]}
 
     def _kernel_noise(self, model: ir.Model, held_out: Data, wide: Sequence[str], ctx: Context) -> float:
         """Noise that integer kernels add to what the file says; a warning where it is more than all of int8 may cost.
@@ -194,13 +206,17 @@ class Int8(Pass):
         ctx: Context,
         reasons: dict[str, str],
         timed: bool,
+        exact: ir.Model | None,
     ) -> tuple[Prepared, dict[str, Any]]:
-        """What stays on integers; adds the other products to ``reasons``."""
-        figures: dict[str, Any] = {}
-        ready, found, lost = accuracy.restore(model, ready, held_out, ctx, self.fidelity)
+        """What stays on integers; adds the other products to ``reasons``. ``exact``: see `accuracy.restore`."""
+        if not ready.products:
+            return ready, {}
+        ready, found, lost = accuracy.restore(model, ready, held_out, ctx, self.fidelity, exact)
         reasons.update(found)
-        figures["fidelity"] = round(1 - lost, 5)
-        if ready.products and timed:
+        if not ready.products:
+            return ready, {}
+        figures: dict[str, Any] = {"fidelity": round(1 - lost, 5)}
+        if timed:
             feeds = list(held_out.spread(4).feeds())
             fast = speed.search(model, ready, feeds, remainder, ctx)
             ready = dataclasses.replace(ready, products=fast.products)

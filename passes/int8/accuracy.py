@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxslim import runtime
@@ -22,18 +23,26 @@ CUT = 16
 
 
 def restore(
-    model: ir.Model, ready: Prepared, held_out: Data, ctx: Context, fidelity: float
+    model: ir.Model, ready: Prepared, held_out: Data, ctx: Context, fidelity: float, exact: ir.Model | None = None
 ) -> tuple[Prepared, dict[str, str], float]:
     """What stays on integers so that noise is at most 1 - ``fidelity``, the other products with the reason, the noise.
 
-    Products leave in the order of noise per cost, and so does what lies between them: where one sum or activation has
-    no range that suits it, the layers around it can stay.
+    Noise is the difference from what ``exact`` computes, where layers of ``model`` are on integers already. Products
+    leave in the order of noise per cost, and so does what lies between them: where one sum or activation has no range
+    that suits it, the layers around it can stay.
     """
     everything = ready.choose(ready.products)
     names = [n for n in ready.units if n in everything]
     between = [n for n in names if ready.units[n].kind is not Kind.PRODUCT]
     switched = Switched(model, ready.plan(everything), ctx.threads)
-    judge = Judge(switched, held_out, sum(ready.macs.values()), ctx)
+    in_float = None if exact is None else runtime.load(exact, threads=ctx.threads)
+
+    def run(feed: dict[str, np.ndarray], chosen: Collection[str]) -> list[np.ndarray]:
+        if chosen or in_float is None:
+            return switched(feed, chosen)
+        return runtime.arrays(runtime.run(in_float, feed))
+
+    judge = Judge(run, held_out, sum(ready.macs.values()), ctx)
     judge.hardest_first(everything)
 
     def price(name: str) -> float:

@@ -82,7 +82,7 @@ def survey(
     wanted = set(products)
     units = {n: u for n, u in units.items() if u.kind is not Kind.PRODUCT or n in wanted}
     owner = sources(units.values())
-    names = dict.fromkeys(owner.get(v, v) for v in stored_values(units, units))
+    names = dict.fromkeys(owner.get(v, v) for v in stored_values(units, units if wanted else ()))
     histograms = {name: Histogram() for name in names}
     first = _sharing(units, [n for n in products if n in units])
     grams = _grams(units, first.values(), max(ROWS // len(data), 16))
@@ -90,7 +90,8 @@ def survey(
     for name, leader in first.items():
         if leader in grams:
             attached.setdefault(units[name].inputs[0], []).append(grams[leader])
-    calibration.collect(model, attached, ctx, data=data)
+    if attached:
+        calibration.collect(model, attached, ctx, data=data)
     del attached  # the moments take more memory than the model: they are let go of as they are used
     for gram in grams.values():
         gram.finish()
@@ -129,7 +130,7 @@ def survey(
         grams.clear()
         shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
     table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
-    sizes = {name: histograms[owner.get(name, name)].elements for name in (*names, *owner)}
+    sizes = {n: histograms[o].elements for n in (*names, *owner) if (o := owner.get(n, n)) in histograms}
     return Prepared(
         units, kept, sizes, table, params, weights, shift, methods,
         saturating, narrow, profile,

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from onnxslim import data, integer, runtime, timing
+from onnxslim import cost, data, integer, runtime, timing
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Outcome
 from onnxslim.errors import UsageError
@@ -99,6 +99,8 @@ def test_lstm(directions: int, outputs: int) -> None:
     small, outcome = apply(model, DynamicInt8(measure=False))
     assert outcome.stats["int8_layers"] == 1
     assert [n.op_type for n in small.graph] == ["DynamicQuantizeLSTM"]
+    feed = {"x": np.zeros((5, 2, 32), np.float32)}
+    assert cost.analyze(small, feed).macs == cost.analyze(model, feed).macs > 0
     assert 0 < gap(model, small) < 0.05
 
 

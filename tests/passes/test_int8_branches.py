@@ -202,9 +202,3 @@ def test_weights_in_bodies(item: Pass, loop: bool) -> None:
     assert "MatMul" not in found
     for ask in (True, False):
         assert 0 < gap(proto, model, sample(ask)) < (0.2 if isinstance(item, Int4) else 0.03)
-
-
-def test_a_loop_has_no_ranges_and_says_so() -> None:
-    x = np.ones((4, 96), np.float32)
-    _, outcome = apply(products(loop=True), Int8(measure=False), [{"x": x}] * 2)
-    assert [(s.node, s.reason) for s in outcome.skipped] == [("u", "in the body of a Loop, where no ranges are seen")]
