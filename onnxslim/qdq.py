@@ -26,6 +26,7 @@ from onnxslim.profiles import CPU, Profile
 from onnxslim.quantization import QParams, bias_params, quantize
 from onnxslim.responses import ELEMENTWISE
 from onnxslim.units import LOWERED, MOVES, PRODUCTS, Kind, Unit, connect, find_units, sources, stored_values
+from onnxslim.upsample import by_copying, repeats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ def insert(model: ir.Model, plan: Plan) -> None:
             writer.constants(unit)
             if unit.op in LOWERED:
                 writer.lower(unit)
+            if unit.op == "Resize" and plan.profile.ep == "cpu":
+                writer.repeat(unit)
     for name, unit in units.items():
         if name in plan.chosen and unit.kind is Kind.PRODUCT:
             writer.product(unit)
@@ -238,6 +241,18 @@ class _Writer:
             end = g.add_node(self.graph, "Mul", inputs, before=node, hint=name, like=node.outputs[0])
         end.name = unit.name
         g.replace(node.outputs[0], end.outputs[0])
+
+    def repeat(self, unit: Unit) -> None:
+        """Make a Resize that repeats pixels of copies, between what is stored in front of it and behind it."""
+        node, times = unit.node, repeats(unit.node)
+        if times is None or node.inputs[0] is None:
+            return
+        dq, q = node.inputs[0].producer(), g.only_user(node.outputs[0])
+        assert dq is not None and q is not None and dq.inputs[0] is not None
+        stored = by_copying(self.graph, dq.inputs[0], times, before=q, hint=unit.name)
+        stored.shape = q.outputs[0].shape
+        g.replace(q.outputs[0], stored)
+        g.remove_dead(self.graph, start=[q])
 
     def product(self, unit: Unit) -> None:
         """Store weight and bias of a product."""

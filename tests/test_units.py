@@ -31,7 +31,11 @@ def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.Nod
 
 
 def build(
-    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], x: tuple[Any, ...], out: str = "y"
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, np.ndarray],
+    x: tuple[Any, ...],
+    out: str = "y",
+    opset: int = 17,
 ) -> ir.Model:
     graph = helper.make_graph(
         nodes,
@@ -40,7 +44,7 @@ def build(
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in out.split(",")],
         [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()],
     )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     model = model_io.load(onnx.shape_inference.infer_shapes(proto))
     name_nodes(model)
     return model
@@ -148,6 +152,22 @@ def test_between_two_convolutions(name: str) -> None:
         "Concat",
     }
     assert not found & left
+    assert error(model, result, X) < 0.05
+
+
+@pytest.mark.parametrize("shape", [X.shape, ("n", 16, "h", "w")])
+def test_an_image_is_enlarged_without_looking_up_its_elements(shape: tuple[Any, ...]) -> None:
+    """Resize of two of the readers of one value, between integer layers with their channels last."""
+    up = node("Resize", ["c", "", "twice"], "m", mode="nearest")
+    more = node("Resize", ["c", "", "thrice"], "k", mode="nearest")
+    nodes = [FIRST, up, more, node("Conv", ["k", "v"], "z"), LAST]
+    sizes = {"twice": np.float32([1, 1, 2, 2]), "thrice": np.float32([1, 1, 1, 3])}
+    model = build(nodes, CONV | sizes, shape, out="y,z")
+    result, _ = quantized(model, X)
+    assert kernels(result) <= {
+        "QuantizeLinear", "QLinearConv", "Transpose", "Concat", "Reshape", "Shape", "Gather", "Mul", "DequantizeLinear",
+    }  # fmt: skip
+    assert [n.op_type for n in runtime.optimized(result).graph].count("Transpose") == 3  # x, y and z
     assert error(model, result, X) < 0.05
 
 

@@ -14,7 +14,13 @@ from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.passes.int8 import accuracy, dynamic, speed
-from onnxslim.passes.int8.lowering import clip_bounded, convolve_normalizations, protect_captured, protect_pools
+from onnxslim.passes.int8.lowering import (
+    clip_bounded,
+    convolve_normalizations,
+    protect_captured,
+    protect_pools,
+    spell_out_resized,
+)
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.passes.int8.remainder import Remainder
 from onnxslim.profiles import PROFILES, REFUSED, Profile
@@ -105,6 +111,7 @@ class Int8(Pass):
             return _nothing(layers, dict.fromkeys(layers, reason))
         protect_pools(draft)
         protect_captured(draft)
+        spell_out_resized(draft)
         convolve_normalizations(draft)
         clip_bounded(draft)
         name_all_nodes(draft)  # those that came with the operator set

@@ -54,6 +54,36 @@ def protect_captured(model: ir.Model) -> None:
                     use.node.replace_input_with(use.idx, barrier)
 
 
+def spell_out_resized(model: ir.Model) -> None:
+    """Make every Resize of some axes one of all axes, in place; not where it keeps an aspect ratio.
+
+    ONNX Runtime (1.32) takes its sizes and scales for those of all axes when it moves a Transpose across.
+    """
+    for node in list(in_branches(model.graph)):
+        axes = attribute(node, "axes", None) if is_op(node, "Resize") else None
+        source = node.inputs[0] if node.inputs else None
+        rank = len(known_shape(source) or ())
+        if axes is None or not rank or attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+            continue
+        index = max(k for k, value in enumerate(node.inputs) if value is not None)
+        told, shape = constant(node.inputs[index]), known_shape(source) or ()
+        order = np.array([a % rank for a in axes], np.int64)
+        if told is not None and (index == 2 or None not in shape):
+            array = np.ones(rank, np.float32) if index == 2 else np.array(shape, np.int64)
+            array[order] = told
+            full = add_constant(model.graph, f"{node.name}_sizes", array)
+        else:
+            if index == 2:
+                whole = add_constant(model.graph, f"{node.name}_scales", np.ones(rank, np.float32))
+            else:
+                whole = add_node(model.graph, "Shape", [source], before=node).outputs[0]
+                whole.type = ir.TensorType(ir.DataType.INT64)
+            inputs = [whole, add_constant(model.graph, f"{node.name}_axes", order), node.inputs[index]]
+            full = add_node(model.graph, "ScatterElements", inputs, before=node, like=whole).outputs[0]
+        node.replace_input_with(index, full)
+        node.attributes.pop("axes")
+
+
 def _barrier(
     model: ir.Model, value: ir.Value, *, before: ir.Node | None = None, after: ir.Node | None = None
 ) -> ir.Value:

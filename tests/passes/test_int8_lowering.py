@@ -13,7 +13,13 @@ from onnx import helper
 from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.graph import subgraphs
-from onnxslim.passes.int8.lowering import clip_bounded, convolve_normalizations, protect_captured, protect_pools
+from onnxslim.passes.int8.lowering import (
+    clip_bounded,
+    convolve_normalizations,
+    protect_captured,
+    protect_pools,
+    spell_out_resized,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracles import apply
@@ -157,3 +163,19 @@ def test_a_barrier_outlives_what_simplifies_the_model() -> None:
     protect_pools(model)
     again, _ = apply(model_io.to_proto(model), "simplify,fold,fuse")
     assert [n.op_type for n in again.graph.node].count("Max") == 1
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("inputs", [["c", "", "scales"], ["c", "", "", "sizes"], ["c", "", "", "found"]])
+def test_a_resize_of_some_axes(mode: str, inputs: list[str]) -> None:
+    """Between integer convolutions, whose channels are last for ONNX Runtime."""
+    up = node("Resize", inputs, "m", mode=mode, axes=[3, -2])
+    found = [node("Shape", ["x"], "s", start=2), node("Add", ["s", "odd"], "found")]
+    constants = {"scales": np.float32([1.5, 1.25]), "sizes": np.int64([12, 10]), "odd": np.int64([4, 2])}
+    model = build([FIRST, *found, up, LAST], CONV | constants, X.shape, opset=18)
+    draft = model.clone()
+    spell_out_resized(draft)
+    exact, same = (runtime.load(m)({"x": X})["y"] for m in (model, draft))
+    np.testing.assert_allclose(same, exact, rtol=1e-4, atol=1e-5)
+    result, _ = quantized(draft, X)
+    assert np.linalg.norm(exact - runtime.load(result)({"x": X})["y"]) < 0.05 * np.linalg.norm(exact)
