@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 import onnx_ir as ir
 
@@ -24,6 +24,7 @@ from onnxslim.graph import (
     opset,
     subgraphs,
 )
+from onnxslim.mincut import INFINITE, Network
 
 
 class Kind(enum.Enum):
@@ -301,34 +302,43 @@ def stored_values(units: Mapping[str, Unit], chosen: Iterable[str]) -> list[str]
 def settle(
     units: Mapping[str, Unit], products: Iterable[str], sizes: Mapping[str, float], barred: Collection[str] = ()
 ) -> frozenset[str]:
-    """The ``products`` and every glue or move between them that is cheaper on integers than in float.
+    """The ``products`` and the glue and moves around them with which the fewest elements are stored and read back.
 
-    A glue unit is worth it when more elements reach or leave it already stored than would have to be converted for it:
-    the inputs that chosen units write and the output if a chosen unit reads it, against the rest. ``sizes`` are
-    elements per value. Starts from all units but the ``barred`` ones, drops the worst until none loses.
+    A value costs its elements when it is written in float and read on integers, once for all readers, and when it is
+    written on integers and read in float; what a product gives is in float for nothing where all read it so. Of choices
+    that cost the same the one with the least on integers is taken. It is a minimum cut between what is on integers and
+    what is not (the products that were not chosen, the ``barred`` units, all other nodes). ``sizes`` are elements per
+    value.
     """
     products = frozenset(products)
-    chosen = {n for n, u in units.items() if n in products or (u.kind is not Kind.PRODUCT and n not in barred)}
     writer, readers = connect(units)
+    inside = {node for unit in units.values() for node in unit.nodes}
+    network = Network()
+    integer, floating = object(), object()  # the two sides
 
-    def gain(unit: Unit) -> float:
-        total = 0.0
-        for name in unit.inputs:
-            # A value that a product reads is stored already, whoever writes it.
-            held = writer.get(name) in chosen or any(r in products for r in readers.get(name, ()))
-            total += sizes.get(name, 1.0) * (1 if held else -1)
-        for name in unit.outputs:
-            held = any(r in chosen for r in readers.get(name, ()))
-            total += sizes.get(name, 1.0) * (1 if held else -1)
-        return total
+    def side(name: str) -> Hashable:
+        fixed = units[name].kind is Kind.PRODUCT or name in barred
+        return (integer if name in products else floating) if fixed else name
 
-    while True:
-        gains = {n: gain(units[n]) for n in chosen if n not in products}
-        worst = min(gains, key=lambda n: (gains[n], n), default=None)
-        if worst is None or gains[worst] > 0:
-            break
-        # Dropping the worst alone lets its neighbours be judged again without it.
-        chosen.discard(worst)
+    values = {v.name or "": v for node in inside for v in (*node.inputs, *node.outputs) if v is not None}
+    for name in dict.fromkeys(v for unit in units.values() for v in (*unit.inputs, *unit.outputs)):
+        value, size = values[name], max(round(sizes.get(name, 1.0)), 1)
+        origin = writer.get(name)
+        start = floating if origin is None else side(origin)
+        ends = {side(r) for r in readers.get(name, ())}
+        if value.is_graph_output() or any(use.node not in inside for use in value.uses()):
+            ends.add(floating)
+        stored, read = ("stored", name), ("read", name)
+        for end in ends:
+            network.add(end, stored, INFINITE)
+            network.add(read, end, INFINITE)
+        if start is integer and origin is not None and not units[origin].needs_store:
+            network.add(stored, read, size)
+            continue
+        network.add(stored, start, size)
+        network.add(start, read, size)
+    _, found = network.cut(integer, floating)
+    chosen = products.union(name for name in units if name in found)
     kept: set[str] = set()
     for group in regions(units, chosen):
         if products & group:

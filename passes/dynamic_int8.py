@@ -83,6 +83,7 @@ class DynamicInt8(Pass):
         if found.names:
             dynamic.insert(draft, found.names, portable=portable)
             model.graph = draft.graph
+            model.ir_version = draft.ir_version
         stats: dict[str, Any] = {"layers": layers, "int8_layers": len(found.names), "portable": portable}
         figures = {"fidelity": found.fidelity, "speedup": found.speeds}
         stats |= {name: figure for name, figure in figures.items() if figure}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from onnxslim import model as model_io
@@ -16,7 +20,7 @@ from onnxslim.calibration import Histogram
 from onnxslim.graph import constant
 from onnxslim.quantization import activation_params, store_weight, weight_params
 from onnxslim.saturation import neighbours
-from onnxslim.units import Kind, find_units, name_nodes, settle, sources, stored_values
+from onnxslim.units import Kind, Unit, find_units, name_nodes, settle, sources, stored_values
 
 RNG = np.random.default_rng(1)
 X = RNG.standard_normal((2, 16, 8, 8)).astype(np.float32)
@@ -257,6 +261,58 @@ def test_glue_is_worth_it_only_between_integers() -> None:
     units, _ = find_units(model)
     chosen = settle(units, {"Conv_c"}, {"c": 100, "s": 100, "t": 100, "y": 100, "x": 100})
     assert chosen == {"Conv_c"}
+
+
+def conversions(units: Mapping[str, Unit], chosen: Collection[str], sizes: Mapping[str, int]) -> int:
+    """Elements that are stored and read back, counted at every value."""
+    nodes = {n: name for name, unit in units.items() for n in unit.nodes}
+    total = 0
+    for name, size in sizes.items():
+        value = next(v for n in nodes for v in (*n.inputs, *n.outputs) if v is not None and v.name == name)
+        writer = next((n for n, u in units.items() if name in u.outputs), None)
+        readers = {nodes.get(use.node) in chosen for use in value.uses()} | (
+            {False} if value.is_graph_output() else set()
+        )
+        if writer in chosen:
+            free = not units[writer].needs_store and True not in readers
+            total += size * (False in readers and not free)
+        else:
+            total += size * (True in readers)
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_other_choice_stores_and_reads_back_less(draw: st.DataObject) -> None:
+    names = ["x"]
+    nodes = []
+    for k in range(draw.draw(st.integers(2, 7))):
+        inputs = [draw.draw(st.sampled_from(names)) for _ in range(2)]
+        op = draw.draw(st.sampled_from(["Conv", "MatMul", "Add", "Sigmoid", "Tanh", "Transpose", "Mul"]))
+        weight = {"Conv": "v", "MatMul": "m"}.get(op)
+        used = [inputs[0], weight] if weight else inputs if op in ("Add", "Mul") else inputs[:1]
+        attributes = {"perm": [0, 1, 3, 2]} if op == "Transpose" else {}
+        nodes.append(node(op, used, f"v{k}", **attributes))
+        names.append(f"v{k}")
+    outputs = draw.draw(st.lists(st.sampled_from(names[1:]), min_size=1, max_size=2, unique=True))
+    if names[-1] not in outputs:
+        outputs.append(names[-1])
+    weights = {"v": f(8, 8, 1, 1), "m": f(8, 8)}
+    model = build(
+        nodes, {k: w for k, w in weights.items() if any(k in n.input for n in nodes)}, (1, 8, 8, 8), ",".join(outputs)
+    )
+    units, _ = find_units(model)
+    products = {n for n, u in units.items() if u.kind is Kind.PRODUCT and draw.draw(st.booleans())}
+    others = [n for n, u in units.items() if u.kind is not Kind.PRODUCT]
+    barred = {n for n in others if draw.draw(st.integers(0, 5)) == 0}
+    values = dict.fromkeys(v for u in units.values() for v in (*u.inputs, *u.outputs))
+    sizes = {v: draw.draw(st.integers(1, 4)) for v in values}
+    chosen = settle(units, products, sizes, barred)
+    assert products <= chosen and not chosen & barred
+    assert {n for n in chosen if units[n].kind is Kind.PRODUCT} == products
+    free = [n for n in others if n not in barred]
+    every = (products.union(extra) for count in range(len(free) + 1) for extra in itertools.combinations(free, count))
+    assert conversions(units, chosen, sizes) == min(conversions(units, choice, sizes) for choice in every)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])

@@ -12,7 +12,7 @@ from onnxslim import equalize, integer, qdq, runtime
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
 from onnxslim.graph import is_op
-from onnxslim.opset import raise_opset
+from onnxslim.opset import NEWEST, raise_opset
 from onnxslim.passes.int8 import accuracy, dynamic, speed
 from onnxslim.passes.int8.lowering import (
     clip_bounded,
@@ -45,7 +45,7 @@ class Int8(Pass):
 
     Layers, and what lies between them, go back to float until the outputs of held-out samples keep the fidelity asked
     for, and a metric its budget (``--max-drop``), and wherever int8 is measured slower. What is in float is fused, as
-    by ``fuse(opset=0)``, before the two are compared.
+    by ``fuse``, before the two are compared; where no layer is on integers, as by ``fuse(opset=0)``.
 
     LSTM layers, and MatMul and Gemm in the body of a Loop or Scan, have no static ranges: for the CPU they get those
     that their inputs have at every inference, as by ``dynamic_int8``, where that is faster.
@@ -138,7 +138,7 @@ class Int8(Pass):
             reasons[name] = "its input or result had no finite value" + (
                 ": no sample takes the branch it is in" if inside else ""
             )
-        remainder = Remainder(draft, held_out, ctx)
+        remainder = Remainder(draft, held_out, ctx, NEWEST if profile.around else 0)
         figures: dict[str, Any] = {"fidelity": ranged.fidelity, "dynamic_speedup": ranged.speeds} if exact else {}
         ready, found = self._search(draft, ready, held_out, remainder, ctx, reasons, timed, exact)
         figures |= found
@@ -167,6 +167,7 @@ class Int8(Pass):
             wide = [n for n in figures["saturating"] if n not in figures["narrowed"]]
             stats["kernel_noise"] = self._kernel_noise(draft, held_out, wide, ctx)
         model.graph = draft.graph
+        model.ir_version = draft.ir_version
         return Outcome(stats | changed | figures, _skips(reasons))
 
     def _saturation(self, ready: Prepared, ctx: Context) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from onnx import helper
 
 from onnxslim import data
 from onnxslim.contract import Context, Outcome
+from onnxslim.graph import opset
 from onnxslim.passes.fuse import Fuse
 from onnxslim.passes.int8 import Int8, speed
 from onnxslim.passes.int8.remainder import Remainder
@@ -102,3 +103,33 @@ def test_layers_are_compared_with_the_fused_model_by_the_names_they_had() -> Non
     assert operators(remainder.model)["MatMul"] == 1
     times = speed._float_times(model, ready, feeds[:2], remainder, context(model, feeds))
     assert all(speed._spent(ready.units[name], times) > 0 for name in ("q", "k", "v"))
+
+
+@pytest.mark.parametrize("half_first", [False, True])
+def test_a_gelu_between_convolutions_stays_whole(half_first: bool) -> None:
+    """Its products could run on integers, with the rest of it in float between them."""
+    rng = np.random.default_rng(0)
+    weights: dict[str, np.ndarray] = {
+        n: rng.standard_normal((16, 16, 3, 3)).astype(np.float32) / 12 for n in ("w1", "w2")
+    }
+    weights |= {"root": np.float32(np.sqrt(2)), "one": np.float32(1), "half": np.float32(0.5)}
+    products = [["a", "half", "s", "one_more"], ["a", "one_more", "s", "half"]][1 - half_first]
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], "first", pads=[1] * 4),
+        helper.make_node("Div", ["a", "root"], ["d"]),
+        helper.make_node("Erf", ["d"], ["e"]),
+        helper.make_node("Add", ["e", "one"], ["one_more"]),
+        helper.make_node("Mul", products[:2], ["s"]),
+        helper.make_node("Mul", products[2:], ["g"]),
+        helper.make_node("Conv", ["g", "w2"], ["y"], "second", pads=[1] * 4),
+    ]
+    shape = (2, 16, 8, 8)
+    model = build(nodes, weights, list(shape))
+    quantized, outcome = run(model, Int8(measure=False), samples(shape))
+    assert outcome.stats["int8_layers"] == 2
+    assert operators(quantized)["Gelu"] == 1
+    assert not {"Mul", "Erf", "Add", "Div"} & set(operators(quantized))
+    assert (opset(quantized), quantized.ir_version) == (20, 9)
+    assert error(model, quantized, samples(shape, 20)[-1]) < 0.1
+    untouched, _ = run(model, Int8(measure=False, keep=("first", "second")), samples(shape))
+    assert opset(untouched) == opset(model)
