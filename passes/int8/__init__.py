@@ -19,7 +19,7 @@ from onnxslim.passes.int8.lowering import (
     convolve_normalizations,
     protect_captured,
     protect_pools,
-    spell_out_resized,
+    spell_out_axes,
 )
 from onnxslim.passes.int8.prepare import Prepared, forget_ranks, observe_ranks, survey
 from onnxslim.passes.int8.remainder import Remainder
@@ -111,7 +111,7 @@ class Int8(Pass):
             return _nothing(layers, dict.fromkeys(layers, reason))
         protect_pools(draft)
         protect_captured(draft)
-        spell_out_resized(draft)
+        spell_out_axes(draft)
         convolve_normalizations(draft)
         clip_bounded(draft)
         name_all_nodes(draft)  # those that came with the operator set

@@ -15,28 +15,32 @@ from onnxslim.graph import (
     is_op,
     known_shape,
     only_user,
+    opset,
     remove_dead,
     replace,
 )
 from onnxslim.linear import batchnorm_statistics, float64, inference_batchnorm
+from onnxslim.opset import raise_opset
 from onnxslim.units import MOVES, saturating
 
 
 def protect_pools(model: ir.Model) -> None:
-    """Keep every AveragePool that counts its padding and rounds its size up from the integer kernel, in place.
+    """Keep AveragePool nodes from the integer kernel that it does not compute, in place.
 
-    ONNX Runtime's kernel also counts what the last window has beyond the padding, which the operator does not.
+    ONNX Runtime's kernel has no dilations, and where a pool counts its padding and rounds its size up, it also counts
+    what the last window has beyond the padding, which the operator does not.
     """
     for node in list(in_branches(model.graph)):
-        counted = is_op(node, "AveragePool") and attribute(node, "count_include_pad", 0)
-        if not counted or not attribute(node, "ceil_mode", 0):
+        if not is_op(node, "AveragePool"):
             continue
-        if attribute(node, "auto_pad", "NOTSET") == "NOTSET" and not any(attribute(node, "pads", [])):
+        beyond = attribute(node, "count_include_pad", 0) and attribute(node, "ceil_mode", 0)
+        if beyond and attribute(node, "auto_pad", "NOTSET") == "NOTSET" and not any(attribute(node, "pads", [])):
             node.attributes.pop("count_include_pad")  # without padding there is none to count
-            continue
+            beyond = 0
         source = node.inputs[0]
         assert source is not None
-        node.replace_input_with(0, _barrier(model, source, before=node))  # between it and the pool there is no pair
+        if beyond or any(d != 1 for d in attribute(node, "dilations", [])):
+            node.replace_input_with(0, _barrier(model, source, before=node))  # between it and the pool there is no pair
 
 
 def protect_captured(model: ir.Model) -> None:
@@ -54,34 +58,62 @@ def protect_captured(model: ir.Model) -> None:
                     use.node.replace_input_with(use.idx, barrier)
 
 
-def spell_out_resized(model: ir.Model) -> None:
-    """Make every Resize of some axes one of all axes, in place; not where it keeps an aspect ratio.
+def spell_out_axes(model: ir.Model) -> None:
+    """Make every Resize and Pad of some axes one of all axes, in place.
 
-    ONNX Runtime (1.32) takes its sizes and scales for those of all axes when it moves a Transpose across.
+    ONNX Runtime (1.32) takes what is told of some axes for that of all when it moves a Transpose across, as it does
+    around integer convolutions. A Resize that is not the same then, or has no kernel with channels last (a cubic one
+    that shrinks), is kept in place by an operator that no Transpose is moved across, for which the operator set is
+    raised to 14 where it is older.
     """
     for node in list(in_branches(model.graph)):
-        axes = attribute(node, "axes", None) if is_op(node, "Resize") else None
         source = node.inputs[0] if node.inputs else None
         rank = len(known_shape(source) or ())
-        if axes is None or not rank or attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        if source is None or source.dtype is not ir.DataType.FLOAT or not rank:
             continue
-        index = max(k for k, value in enumerate(node.inputs) if value is not None)
-        told, shape = constant(node.inputs[index]), known_shape(source) or ()
-        order = np.array([a % rank for a in axes], np.int64)
-        if told is not None and (index == 2 or None not in shape):
-            array = np.ones(rank, np.float32) if index == 2 else np.array(shape, np.int64)
-            array[order] = told
-            full = add_constant(model.graph, f"{node.name}_sizes", array)
-        else:
-            if index == 2:
-                whole = add_constant(model.graph, f"{node.name}_scales", np.ones(rank, np.float32))
-            else:
-                whole = add_node(model.graph, "Shape", [source], before=node).outputs[0]
-                whole.type = ir.TensorType(ir.DataType.INT64)
-            inputs = [whole, add_constant(model.graph, f"{node.name}_axes", order), node.inputs[index]]
-            full = add_node(model.graph, "ScatterElements", inputs, before=node, like=whole).outputs[0]
-        node.replace_input_with(index, full)
-        node.attributes.pop("axes")
+        if is_op(node, "Pad") and len(node.inputs) > 3 and node.inputs[3] is not None:
+            axes = constant(node.inputs[3])
+            if axes is not None:
+                order = [int(a) % rank for a in axes]
+                whole = add_constant(model.graph, f"{node.name}_none", np.zeros(2 * rank, np.int64))
+                _spell_out(model, node, 1, [*order, *(a + rank for a in order)], whole)
+                node.resize_inputs(3)
+        elif is_op(node, "Resize"):
+            own = [attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch"]
+            own.append(attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize")
+            if "axes" in node.attributes and not any(own):
+                index = max(k for k, value in enumerate(node.inputs) if value is not None)
+                if index == 2:
+                    whole = add_constant(model.graph, f"{node.name}_ones", np.ones(rank, np.float32))
+                else:
+                    whole = add_node(model.graph, "Shape", [source], before=node).outputs[0]
+                    whole.type = ir.TensorType(ir.DataType.INT64)
+                _spell_out(model, node, index, [a % rank for a in attribute(node, "axes", [])], whole)
+                node.attributes.pop("axes")
+            scales = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+            grows = scales is not None and scales.size and scales.min() >= 1
+            if "axes" in node.attributes or (attribute(node, "mode", "nearest") == "cubic" and not grows):
+                if opset(model) < 14:
+                    raise_opset(model, 14)
+                every = add_constant(model.graph, f"{node.name}_below", np.array(-(2**31), np.int64))
+                kept = add_node(
+                    model.graph, "Trilu", [source, every], before=node, attributes={"upper": 1}, like=source
+                )
+                node.replace_input_with(0, kept.outputs[0])
+
+
+def _spell_out(model: ir.Model, node: ir.Node, index: int, order: list[int], whole: ir.Value) -> None:
+    """Give ``node`` as its input ``index`` the values ``whole`` with its present input at the places ``order``."""
+    told, base = constant(node.inputs[index]), constant(whole)
+    if told is not None and base is not None:
+        array = base.copy()
+        array[order] = told
+        full = add_constant(model.graph, f"{node.name}_all_axes", array)
+    else:
+        places = add_constant(model.graph, f"{node.name}_axes", np.array(order, np.int64))
+        inputs = [whole, places, node.inputs[index]]
+        full = add_node(model.graph, "ScatterElements", inputs, before=node, like=whole).outputs[0]
+    node.replace_input_with(index, full)
 
 
 def _barrier(

@@ -18,12 +18,22 @@ from onnxslim.passes.int8.lowering import (
     convolve_normalizations,
     protect_captured,
     protect_pools,
-    spell_out_resized,
+    spell_out_axes,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracles import apply
 from test_units import CONV, FIRST, LAST, X, build, f, kernels, node, quantized
+
+
+def test_a_pool_with_dilations_has_no_integer_kernel() -> None:
+    pool = node("AveragePool", ["c"], "p", kernel_shape=[2, 2], dilations=[2, 2])
+    model = build([FIRST, pool, node("Conv", ["p", "v"], "y")], CONV, X.shape, opset=19)
+    draft = model.clone()
+    protect_pools(draft)
+    result, _ = quantized(draft, X)
+    assert {"AveragePool", "QLinearConv"} <= kernels(result)
+    assert np.linalg.norm(np.subtract(*(runtime.load(m)({"x": X})["y"] for m in (model, result)))) < 1
 
 
 @pytest.mark.parametrize("counted", [0, 1])
@@ -166,16 +176,46 @@ def test_a_barrier_outlives_what_simplifies_the_model() -> None:
 
 
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
-@pytest.mark.parametrize("inputs", [["c", "", "scales"], ["c", "", "", "sizes"], ["c", "", "", "found"]])
-def test_a_resize_of_some_axes(mode: str, inputs: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("inputs", "own"),
+    [
+        (["c", "", "scales"], {}),
+        (["c", "", "", "sizes"], {}),
+        (["c", "", "", "found"], {}),
+        (["c", "", "", "sizes"], {"keep_aspect_ratio_policy": "not_larger"}),
+    ],
+)
+def test_a_resize_of_some_axes(mode: str, inputs: list[str], own: dict[str, str]) -> None:
     """Between integer convolutions, whose channels are last for ONNX Runtime."""
-    up = node("Resize", inputs, "m", mode=mode, axes=[3, -2])
+    up = node("Resize", inputs, "m", mode=mode, axes=[3, -2], **own)
     found = [node("Shape", ["x"], "s", start=2), node("Add", ["s", "odd"], "found")]
     constants = {"scales": np.float32([1.5, 1.25]), "sizes": np.int64([12, 10]), "odd": np.int64([4, 2])}
-    model = build([FIRST, *found, up, LAST], CONV | constants, X.shape, opset=18)
+    unmoved([*found, up], constants)
+
+
+@pytest.mark.parametrize("scales", [[0.6, 0.5], [2, 2]])
+@pytest.mark.parametrize("opset", [13, 18])
+def test_a_cubic_resize(scales: list[float], opset: int) -> None:
+    constants = {"scales": np.float32([1, 1, *scales])}
+    unmoved([node("Resize", ["c", "", "scales"], "m", mode="cubic")], constants, opset)
+
+
+@pytest.mark.parametrize("axes", [[3, 2], [-2, -1], [-1, 2]])
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_pad_of_some_axes(axes: list[int], computed: bool) -> None:
+    pad = node("Pad", ["c", "found" if computed else "pads", "", "axes"], "m", mode="reflect")
+    found = [node("Shape", ["x"], "s"), node("Sub", ["s", "size"], "z"), node("Add", ["z", "pads"], "found")]
+    constants = {"pads": np.int64([1, 0, 2, 3]), "axes": np.int64(axes), "size": np.int64(X.shape)}
+    unmoved([*(found if computed else []), pad], constants)
+
+
+def unmoved(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], opset: int = 18) -> None:
+    """``nodes`` between two convolutions, from ``c`` to ``m``, compute the same spelled out, and on integers around."""
+    model = build([FIRST, *nodes, LAST], CONV | constants, X.shape, opset=opset)
     draft = model.clone()
-    spell_out_resized(draft)
+    spell_out_axes(draft)
     exact, same = (runtime.load(m)({"x": X})["y"] for m in (model, draft))
     np.testing.assert_allclose(same, exact, rtol=1e-4, atol=1e-5)
     result, _ = quantized(draft, X)
+    assert "QLinearConv" in kernels(result)
     assert np.linalg.norm(exact - runtime.load(result)({"x": X})["y"]) < 0.05 * np.linalg.norm(exact)
