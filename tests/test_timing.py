@@ -95,6 +95,26 @@ def test_drift_and_disturbances_are_seen() -> None:
 
 
 def test_passes_that_were_disturbed_do_not_count() -> None:
+    RNG.bit_generator.state = np.random.default_rng(17).bit_generator.state  # one in which medians bear it least
+    blocks = _blocks(1.1, spread=0.005)
+    clean = timing.compare(blocks)
+    for block in blocks:
+        held = RNG.random(block.shape) < 0.4
+        held[0] = False
+        block[held] *= 20
+    wild = timing.compare(blocks)
+    for block in blocks:
+        block[block > 30] = np.nan
+    found = timing.compare(blocks)
+    assert timing.verdict(found.speedup[1], found.interval[1]) == "slower"
+    assert np.ptp(found.interval[1]) < np.ptp(wild.interval[1]) / 3
+    assert found.speedup[1] == pytest.approx(clean.speedup[1], rel=0.03)
+    assert found.disturbed == pytest.approx(0.4, abs=0.06)
+    assert found.latency[0].runs < clean.latency[0].runs == 12 * 20
+    assert found.latency[0].median == pytest.approx(clean.latency[0].median, rel=0.05)
+
+
+def test_leaving_out_disturbed_passes_seldom_widens_the_interval() -> None:
     gained = []
     for _ in range(40):
         blocks = _blocks(1.1, spread=0.005)
