@@ -16,12 +16,15 @@ everything here follows the rules that ONNX Runtime's selectors check (other pro
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxslim import graph as g
+from onnxslim import runtime
+from onnxslim.errors import ModelError
 from onnxslim.profiles import CPU, Profile
 from onnxslim.quantization import QParams, bias_params, quantize
 from onnxslim.responses import ELEMENTWISE
@@ -67,6 +70,27 @@ def insert(model: ir.Model, plan: Plan) -> None:
     if plan.profile.ep == "cpu":
         _shield(model)
     g.remove_dead(model.graph)
+
+
+@functools.cache
+def missing_kernel(opset: int) -> str | None:
+    """Why ONNX Runtime runs no pair of operator set ``opset``, as its newest ones; None where it does."""
+    data = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4]))
+    graph = ir.Graph([data], [], nodes=[], opset_imports={"": opset}, name="probe")
+    params = [
+        g.add_constant(graph, name, array)
+        for name, array in (("scale", np.array(1, np.float32)), ("zero", np.array(0, np.uint8)))
+    ]
+    pair = ir.node("QuantizeLinear", [data, *params])
+    back = ir.node("DequantizeLinear", [pair.outputs[0], *params])
+    back.outputs[0].name, back.outputs[0].type, back.outputs[0].shape = "y", data.type, data.shape
+    graph.extend([pair, back])
+    graph.outputs.append(back.outputs[0])
+    try:
+        runtime.load(ir.Model(graph, ir_version=10), threads=1)
+    except ModelError:
+        return f"the installed ONNX Runtime has no QuantizeLinear of operator set {opset}"
+    return None
 
 
 def stores(producer: ir.Node | None, profile: Profile) -> bool:

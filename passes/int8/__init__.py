@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxslim import equalize, integer, qdq, runtime
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
-from onnxslim.graph import is_op
+from onnxslim.graph import is_op, opset
 from onnxslim.opset import NEWEST, raise_opset
 from onnxslim.passes.int8 import accuracy, dynamic, speed
 from onnxslim.passes.int8.lowering import (
@@ -106,7 +106,7 @@ class Int8(Pass):
         draft = model.clone()
         name_all_nodes(draft)
         guessed = observe_ranks(draft, ctx.calibration, ctx)
-        reason = raise_opset(draft, 13)
+        reason = raise_opset(draft, 13) or qdq.missing_kernel(opset(draft))
         if reason is not None:
             return _nothing(layers, dict.fromkeys(layers, reason))
         protect_pools(draft)

@@ -80,18 +80,30 @@ def down_to(candidates: Sequence[Candidate], spent: Spent, goal: float) -> list[
 
     Where the goal cannot be reached, what comes closest.
     """
-    current = [int(c.widths()[0]) for c in candidates]
+    none = [int(c.widths()[0]) for c in candidates]
     full = [int(c.widths()[-1]) for c in candidates]
     if spent(full) >= goal:
         return full
-    best, price, slack = full, np.inf, 0.0
+    # What a family saves hangs on the widths of the others: near an end of the range, much else seems not worth its
+    # price that is at the other. From both ends, the better plan of the two is rarely far from the best.
+    plans = [_trim(candidates, spent, goal, _relinearized(candidates, spent, goal, start)) for start in (none, full)]
+    return min(plans, key=lambda plan: _price(candidates, plan))
+
+
+def _relinearized(candidates: Sequence[Candidate], spent: Spent, goal: float, start: Sequence[int]) -> list[int]:
+    """The cheapest plan met that reaches ``goal``, which can be, as savings are linearized at one plan after another.
+
+    The first is ``start``.
+    """
+    current = list(start)
+    best, price, slack = [int(c.widths()[-1]) for c in candidates], np.inf, 0.0
     for _ in range(ROUNDS):
         savings, base = _linear(candidates, spent, current)
         found = _Knapsack([c.prices() for c in candidates], savings).cheapest(base - goal + slack)
         chosen = [int(c.widths()[k]) for c, k in zip(candidates, found, strict=True)]
         missing = spent(chosen) - goal
         if missing <= 1e-9 * abs(goal):
-            cost = sum(float(c.prices()[k]) for c, k in zip(candidates, found, strict=True))
+            cost = _price(candidates, chosen)
             if cost < price:
                 best, price = chosen, cost
         else:
@@ -99,7 +111,12 @@ def down_to(candidates: Sequence[Candidate], spent: Spent, goal: float) -> list[
         if chosen == current and missing <= 1e-9 * abs(goal):
             break
         current = chosen
-    return _trim(candidates, spent, goal, best)
+    return best
+
+
+def _price(candidates: Sequence[Candidate], plan: Sequence[int]) -> float:
+    """The sum of errors when so many units leave each family."""
+    return sum(float(c.prices()[list(c.widths()).index(m)]) for c, m in zip(candidates, plan, strict=True))
 
 
 def _linear(candidates: Sequence[Candidate], spent: Spent, current: Sequence[int]) -> tuple[list[np.ndarray], float]:

@@ -21,6 +21,7 @@ from onnxslim.passes import int8
 from onnxslim.passes.int8 import Int8
 from onnxslim.pipeline import parse
 from onnxslim.probe import noise
+from onnxslim.qdq import missing_kernel
 from onnxslim.saturation import saturates_here
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -152,6 +153,16 @@ def test_an_old_opset_is_raised() -> None:
     small, _ = run(residual(opset=12), Int8(measure=False), samples((1, 8, 12, 12)))
     assert small.graph.opset_imports[""] == 13
     assert "QLinearConv" in kernels(small)
+
+
+@pytest.mark.parametrize("opset", range(21, onnx.defs.onnx_opset_version() + 1))
+def test_a_newer_opset_is_quantized_where_the_runtime_can(opset: int) -> None:
+    model, runs = residual(opset=opset), missing_kernel(opset) is None
+    small, outcome = run(model, Int8(measure=False), samples((1, 8, 12, 12)))
+    assert outcome.stats["int8_layers"] == (4 if runs else 0)
+    if not runs:
+        assert model_io.to_bytes(small) == model_io.to_bytes(model)
+        assert {s.reason for s in outcome.skipped} == {missing_kernel(opset)}
 
 
 def test_without_data_nothing_is_guessed() -> None:

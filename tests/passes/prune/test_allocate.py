@@ -20,13 +20,17 @@ def chains(draw: st.DrawFn) -> tuple[list[Candidate], Spent]:
         units = draw(st.integers(2, 12))
         steps = draw(st.lists(st.floats(0.01, 1), min_size=units - 1, max_size=units - 1))
         chosen.append(Candidate(units, np.cumsum(steps), draw(st.sampled_from([1, 2, 4])), units))
-    weights = draw(st.lists(st.floats(1, 10), min_size=count + 1, max_size=count + 1))
+    return chosen, _chain(chosen, draw(st.lists(st.floats(1, 10), min_size=count + 1, max_size=count + 1)))
+
+
+def _chain(chosen: Sequence[Candidate], weights: Sequence[float]) -> Spent:
+    """What weights between neighbours hold, of so many elements each when nothing has left."""
 
     def spent(removed: Sequence[int]) -> float:
         kept = [1.0, *(1 - m / c.count for m, c in zip(removed, chosen, strict=True)), 1.0]
         return sum(w * a * b for w, a, b in zip(weights, kept, kept[1:], strict=False))
 
-    return chosen, spent
+    return spent
 
 
 def _error(chosen: Sequence[Candidate], removed: Sequence[int]) -> float:
@@ -63,6 +67,15 @@ def test_a_goal_is_reached_and_cheaply(net: tuple[list[Candidate], Spent], share
     assert spent(removed) <= goal * (1 + 1e-6)
     # Savings are linearized: the plan is near the best one that brute force finds.
     assert _error(chosen, removed) <= 1.6 * min(_error(chosen, r) for r in feasible) + 0.3
+
+
+def test_a_goal_is_reached_as_cheaply_where_savings_at_the_full_widths_mislead() -> None:
+    errors = [[0.5, 1, 1.5, 1.75, 2.25, 2.75], [1, 2, 3, 4, 4.5], [1, 1.5, 2], [0.5]]
+    chosen = [Candidate(len(e) + 1, np.array(e, float), 1, len(e)) for e in errors]
+    spent = _chain(chosen, [1, 1, 1, 2, 4])
+    goal = 0.3125 * spent([0, 0, 0, 0])
+    best = min(_error(chosen, r) for r in _every(chosen) if spent(r) <= goal)
+    assert _error(chosen, down_to(chosen, spent, goal)) == best == 5.25
 
 
 def test_what_saves_nothing_is_not_cut() -> None:
