@@ -74,7 +74,7 @@ def insert(model: ir.Model, plan: Plan) -> None:
 
 @functools.cache
 def missing_kernel(opset: int) -> str | None:
-    """Why ONNX Runtime runs no pair of operator set ``opset``, as its newest ones; None where it does."""
+    """Why the installed ONNX Runtime, behind onnx as it is, runs no pair of this operator set; None if it does."""
     data = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4]))
     graph = ir.Graph([data], [], nodes=[], opset_imports={"": opset}, name="probe")
     params = [

@@ -84,8 +84,8 @@ def down_to(candidates: Sequence[Candidate], spent: Spent, goal: float) -> list[
     full = [int(c.widths()[-1]) for c in candidates]
     if spent(full) >= goal:
         return full
-    # What a family saves hangs on the widths of the others: near an end of the range, much else seems not worth its
-    # price that is at the other. From both ends, the better plan of the two is rarely far from the best.
+    # What a family saves hangs on the widths of the others, so that the search ends elsewhere from each end of the
+    # range; the cheaper of the two plans is rarely far from the best.
     plans = [_trim(candidates, spent, goal, _relinearized(candidates, spent, goal, start)) for start in (none, full)]
     return min(plans, key=lambda plan: _price(candidates, plan))
 
