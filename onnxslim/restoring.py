@@ -25,19 +25,20 @@ MOST_REFUSED = 3
 
 # Standard errors by which the noise of other samples may be more than that of those that judge.
 DOUBT = 1.0
-# Share of the samples that are held out to judge.
-HELD_OUT = 0.25
+# Share of the samples that are held out to judge, and how many they must be to judge alone.
+HELD_OUT, ALONE = 0.25, 12
 
 Run = Callable[[dict[str, np.ndarray], Collection[str]], list[np.ndarray]]
 
 
 def parts(samples: Data) -> tuple[Data, Data]:
-    """Samples to learn from and samples that judge: those held out, or all where that were fewer than `FEWEST`.
+    """Samples to learn from and samples that judge: those held out, or all where that were fewer than `ALONE`.
 
-    What a model makes of two or three samples is more a matter of luck than of having been learned from.
+    What a model makes of a few samples is more a matter of luck than of having been learned from: one number of each,
+    from a classifier that is mostly sure, shows an error only in the rare sample that it is not sure of.
     """
     fit, held_out = samples.split(HELD_OUT)
-    return fit, held_out if len(held_out) >= FEWEST else samples
+    return fit, held_out if len(held_out) >= ALONE else samples
 
 
 class Judge:

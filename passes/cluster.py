@@ -39,7 +39,7 @@ class Cluster(Pass):
         palette: store indices. Without it the float32 weights are written: no smaller as a file, but the report says
             what deflate (zip, gzip, the packages of app stores) makes of it; for runtimes that do not fold constants.
         fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
-            there are fewer than 12): 1 minus squared error over variance, less its standard error. Layers stay as they
+            there are fewer than 44): 1 minus squared error over variance, less its standard error. Layers stay as they
             are until it holds, the most harmful ones first; 0 turns that off, and without calibration data it is not
             measured.
         keep: names of layers (nodes) that stay as they are.

@@ -41,7 +41,7 @@ class Sparsify(Pass):
             without a pattern: as many as keep the fidelity asked for.
         pattern: "2:4" leaves at most two of every four consecutive inputs of each output; any N:M with N below M.
         fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
-            there are fewer than 12): 1 minus squared error over variance, less its standard error. With a ratio or
+            there are fewer than 44): 1 minus squared error over variance, less its standard error. With a ratio or
             pattern, layers stay as they are until it holds, the most harmful ones first; 0 turns that off, and without
             calibration data it is not measured.
         keep: names of layers (nodes) that stay as they are.

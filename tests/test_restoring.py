@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxslim.data import Data
-from onnxslim.restoring import FEWEST, keep, parts
+from onnxslim.restoring import ALONE, keep, parts
 
 
 @settings(max_examples=200, deadline=None)
@@ -56,11 +56,11 @@ def test_a_layer_that_does_not_get_on_with_another_does_not_keep_the_rest_out() 
     assert found.restored.keys() <= {"a", "b"}
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 11, 12, 13, 100])
+@pytest.mark.parametrize("count", [1, 2, 7, 12, 43, 44, 100])
 def test_a_few_samples_do_not_judge_alone(count: int) -> None:
     samples = Data("numbers", count, lambda k: {"x": np.array(k)}, [])
     fit, judges = ([int(s["x"]) for s in part] for part in parts(samples))
-    assert len(judges) >= min(FEWEST, count)
+    assert len(judges) >= min(ALONE, count)
     assert judges == list(range(count)) or not set(fit) & set(judges)
-    assert (judges == list(range(count))) == (count < 12)
+    assert (judges == list(range(count))) == (count < 44)
     assert sorted({*fit, *judges}) == list(range(count))
