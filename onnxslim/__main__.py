@@ -1,6 +1,6 @@
 """``python -m onnxslim``: the command line."""
 
-from onnxslim.cli import main
+from onnxslim.cli import entry
 
 if __name__ == "__main__":
-    main()
+    entry()

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxslim import collector, cost, doctor, integer, judging, metrics, pipeline, repro, runtime, timing, verify
+from onnxslim import collector, cost, doctor, guard, integer, judging, metrics, pipeline, repro, runtime, timing, verify
 from onnxslim import custom_ops as libraries
 from onnxslim import details as extras
 from onnxslim import model as model_io
@@ -119,6 +119,7 @@ def optimize(
         wanted = integer.share(require_int8) if require_int8 is not None else None
         if target not in runtime.PROVIDERS:
             raise UsageError(f"unknown target {target!r}: give one of {', '.join(runtime.PROVIDERS)}")
+        guard.doing(str(model) if isinstance(model, str | os.PathLike) else "the model", guard.GIVEN)
         original = model_io.load(model)
         if fix_shapes:
             model_io.fix_shapes(original, fix_shapes)
@@ -138,7 +139,9 @@ def optimize(
         if bench_seconds is None:
             bench_seconds = _BENCH_LOSSY if lossy else _BENCH_LOSSLESS
         run = _Run(model, original, runner, samples, ctx, named, max_drop, bench_seconds if bench else 0.0)
-        result = run.finish(*run.passes(chosen), wanted)
+        done = run.passes(chosen)
+        guard.doing("measuring the result", guard.OURS)
+        result = run.finish(*done, wanted)
         if details and runner is not None:
             result.report.details = run.details(result.model)
         if own and isinstance(model, str | os.PathLike):

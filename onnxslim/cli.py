@@ -1,21 +1,23 @@
 """The command line. Modules that take long to import are imported by the command that needs them.
 
 Exit codes: 0 done; 1 a check failed or a budget was missed, and the best model found was written; 2 bad usage or input,
-nothing was written; 123 a defect of onnxslim, and a folder ``repro`` holds what reproduces it.
+nothing was written; 123 a defect of onnxslim, and a folder ``repro`` holds what reproduces it, or a crash of native code that a
+pass led to; 128 + n ended by signal n.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from onnxslim import lazy
+from onnxslim import guard, lazy
 from onnxslim.console import message, out
 from onnxslim.errors import OnnxslimError
 from onnxslim.outputs import Outputs, write
@@ -384,8 +386,9 @@ def run_recipe(recipe: Path) -> int:
     try:
         for job in jobs:
             message(f"onnxslim: {job.source} -> {job.target}")
-            code = command.main([job.source, job.target, *job.arguments], prog_name="onnxslim", standalone_mode=False)
-            worst = max(worst, code)
+            arguments = [job.source, job.target, *job.arguments]
+            make = functools.partial(command.main, arguments, prog_name="onnxslim", standalone_mode=False)
+            worst = max(worst, guard.also(make))
     finally:
         os.chdir(folder)
     return worst
@@ -415,7 +418,12 @@ def doctor(setup: str | None, json_to: str | None) -> None:
     outputs.show(pages.to_json(facts), pages.doctor_table(facts))
 
 
-def main(args: list[str] | None = None) -> None:
+def entry() -> None:
+    """`main` as a program: where native code crashes it ends with a message too."""
+    sys.exit(guard.apart(main))
+
+
+def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     _return_memory()
     lazy.defer()

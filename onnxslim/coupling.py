@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -129,7 +129,7 @@ class Coupling:
         """
         if labels is not None:
             return len(labels) > 0 and int(labels[0]) in self._elastic
-        return value is not None and (value.shape is None or not isinstance(value.shape[axis], int))
+        return value is not None and not isinstance(_declared(value, len(self.shape(value)))[axis], int)
 
     # What rules say.
 
@@ -284,13 +284,12 @@ class Coupling:
                     array = np.asarray(np.compress(mask, array, axis=axis))
                 set_constant(value, array)
         for value, axes in self.labels.items():
-            if is_constant(value) or value.shape is None:
+            if is_constant(value):
                 continue
-            dims = list(value.shape)
-            for axis, x in enumerate(axes):
-                if x is not None and isinstance(dims[axis], int):
-                    dims[axis] = int(kept(x).sum())
-            value.shape = ir.Shape(dims)
+            dims = _declared(value, len(axes))
+            left = {a: int(kept(x).sum()) for a, x in enumerate(axes) if x is not None and isinstance(dims[a], int)}
+            if any(n != dims[a] for a, n in left.items()):
+                value.shape = ir.Shape([left.get(a, d) for a, d in enumerate(dims)])
 
 
 def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 0) -> Coupling:
@@ -323,6 +322,14 @@ def analyze(model: ir.Model, feeds: Mapping[str, np.ndarray], *, threads: int = 
     for value in model.graph.outputs:
         coupling.freeze_value(value, f"graph output {value.name}")
     return coupling
+
+
+def _declared(value: ir.Value, rank: int) -> Sequence[int | ir.SymbolicDim | None]:
+    """The declared dimensions of a tensor of ``rank``; None for each where there are none, or another number of them.
+
+    ONNX Runtime runs models whose outputs declare another rank than they have.
+    """
+    return list(value.shape) if value.shape is not None and len(value.shape) == rank else [None] * rank
 
 
 def unknown(c: Coupling, node: ir.Node) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import onnx_ir as ir
 
+from onnxslim import guard
 from onnxslim.contract import Context, Effect, Missed, Outcome, Pass, Skip, literal
 from onnxslim.errors import CheckError, DataError, UsageError
 
@@ -142,6 +143,7 @@ def run(
     steps = []
     for item in ctx.progress.track(passes, total=len(passes), label="passes"):
         start = time.perf_counter()
+        guard.doing(f"the pass {item}", guard.OURS)
         for attempt in range(ATTEMPTS):
             said = list(ctx.warnings)
             draft, outcome, error = _attempt(model, item, ctx, check, on_error)

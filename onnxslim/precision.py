@@ -73,6 +73,8 @@ def convert(
         found = _types(node, kind, g.opset(model))
         if isinstance(found, _Types):
             reason = _blocked(node, found, kind, peaks, keep)
+            if reason is None and _breaks_fusion(node):
+                reason = "ONNX Runtime crashes where it casts what this gives to a MatMul"
             if reason is None and has_kernel is not None and not has_kernel(node, found):
                 reason = f"the execution provider has no {kind.name} kernel for {node.op_type}"
             if reason is None:
@@ -178,6 +180,19 @@ def _blocked(
         if value is not None and not peak <= largest * HEADROOM:
             return f"{value.name!r} reaches {peak:.3g}, {kind.name.lower()} ends at {largest:.3g}"
     return None
+
+
+def _breaks_fusion(node: ir.Node) -> bool:
+    """Whether ONNX Runtime's CPU provider may fail to load ``node``, a Cast and a MatMul in a row.
+
+    It casts where a kernel wants float32, and swaps the two to make the Transpose part of the MatMul. Where the first
+    axis becomes one of the last two, and the other factor has fewer axes, it then gives up without cleaning up.
+    """
+    if not g.is_op(node, "Transpose") or not any(g.is_op(use.node, "MatMul") for use in node.outputs[0].uses()):
+        return False
+    perm = g.attribute(node, "perm")
+    others = list(range(1, len(perm))) if perm is not None else []
+    return len(others) > 1 and list(perm) in ([*others[:-1], 0, others[-1]], [*others, 0])
 
 
 class _Writer:

@@ -111,6 +111,19 @@ def test_inputs_and_outputs_keep_their_shapes() -> None:
     assert not coupled.families and not coupled.sites
 
 
+def test_an_output_that_declares_another_rank_keeps_it() -> None:
+    b = Builder()
+    model = b.proto(b.op("Flatten", b.conv(b.conv(image(b), 3, 8), 8, 2)))
+    declared = model.graph.output[0].type.tensor_type.shape.dim
+    del declared[:]
+    declared.add().dim_value = 1
+    coupled = analyze(model)
+    coupled.remove(coupled.families[0].atoms[:3])
+    weight = next(v for v in coupled.labels if v.name == "w0")
+    assert coupled.model.graph.outputs[0].shape == [1]
+    assert np.shape(constant(weight))[0] == 5
+
+
 def frozen_by(middle: Callable[[Builder, str], str], channels: int = 8) -> tuple[list[int], str]:
     """Conv 3 → 8, then ``middle``, then Conv → 2: the widths that can be cut, and why the first kernel stays."""
     b = Builder()

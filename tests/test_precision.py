@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -247,3 +248,28 @@ def test_a_pass_that_does_not_say_so_is_undone(monkeypatch: pytest.MonkeyPatch) 
     result = onnxslim.optimize(tiny_proto(), "fp16(keep_io=false)", bench=False)
     assert result.model.graph.inputs[0].dtype == FLOAT
     assert any("changes the type of 'x'" in line for line in result.report.warnings)
+
+
+def _moved(perm: list[int]) -> ir.Model:
+    nodes = [
+        helper.make_node("Reshape", ["x", "sizes"], ["b"]),
+        helper.make_node("Transpose", ["b"], ["t"], perm=perm),
+        helper.make_node("MatMul", ["t", "w"], ["y"]),
+    ]
+    sizes = [8] * (len(perm) - 1)
+    return build(nodes, {"w": square(), "sizes": np.array([-1, *sizes], np.int64)})
+
+
+@pytest.mark.parametrize(
+    ("perm", "stays"),
+    [([1, 0, 2], True), ([1, 2, 0], True), ([1, 2, 0, 3], True), ([1, 2, 3, 0], True), ([0, 2, 1], False),
+     ([2, 1, 0], False), ([0, 2, 1, 3], False), ([1, 0, 2, 3], False)],
+)  # fmt: skip
+def test_what_onnx_runtime_cannot_load_stays(perm: list[int], stays: bool, tmp_path: Path) -> None:
+    model = _moved(perm)
+    convert(model, HALF, {})
+    assert types(model)["Transpose"] == (FLOAT if stays else HALF)
+    assert types(model)["Reshape"] == HALF
+    model_io.save(model, tmp_path / "half.onnx")
+    code = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "half.onnx")], check=True)
