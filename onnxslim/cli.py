@@ -1,8 +1,8 @@
 """The command line. Modules that take long to import are imported by the command that needs them.
 
 Exit codes: 0 done; 1 a check failed or a budget was missed, and the best model found was written; 2 bad usage or input,
-nothing was written; 123 a defect of onnxslim, and a folder ``repro`` holds what reproduces it, or a crash of native code that a
-pass led to; 128 + n ended by signal n.
+nothing was written; 123 a defect of onnxslim, and a folder ``repro`` holds what reproduces it, or a crash of native
+code that a pass led to; 128 + n ended by signal n.
 """
 
 from __future__ import annotations

@@ -87,3 +87,21 @@ def test_parts_are_guarded_only_where_the_whole_is() -> None:
     assert ended(body) == (5, "")
     body = "return 3 if guard.also(lambda: os.kill(os.getpid(), signal.SIGSEGV)) == 2 else 4"
     assert ended(body)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "what", "code"),
+    [
+        ("from onnxslim.passes.fold import Fold as owner", "apply", "the pass fold", guard.OURS),
+        ("from onnxslim import model as owner", "load", "{model}", guard.GIVEN),
+    ],
+)
+def test_the_command_line_names_what_crashed(
+    tiny: Path, tmp_path: Path, owner: str, name: str, what: str, code: int
+) -> None:
+    body = f"import os\nfrom onnxslim import cli\n{owner}\nowner.{name} = lambda *_, **__: os.abort()\ncli.entry()"
+    command = [sys.executable, "-c", body, str(tiny), str(tmp_path / "out.onnx"), "--no-bench"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(f"onnxslim: {what.format(model=tiny)}: native code crashed")
+    assert not (tmp_path / "out.onnx").exists()
