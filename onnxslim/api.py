@@ -26,6 +26,8 @@ DEFAULT_PASSES = "simplify,fold,fuse(opset=0)"
 # Samples that check a lossless pass, and that latency is measured on.
 _CHECKED, _TIMED = 3, 8
 _BENCH_LOSSY, _BENCH_LOSSLESS = 3.0, 1.0
+# Times that samples may lose what passes were allowed to cost before they count as of another kind.
+_SURPRISE = 3.0
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -347,7 +349,7 @@ class _Run:
                 "held_out": self.samples.unseen,
                 "outputs": [plain(o) for o in measured.outputs],
             }
-            self.ctx.warnings[:0] = measured.warnings()
+            self.ctx.warnings[:0] = [*measured.warnings(), *self._unlike(steps, measured)]
             self.ctx.warnings += measured.notes()
             if self.checks.budget is not None and value is not None:
                 metric = _metric_entry(self.checks.budget, value, measured)
@@ -395,6 +397,21 @@ class _Run:
                 source, self.checks.kept, self.checks.measure, name, feeds, threads=threads, seconds=self.bench_seconds
             )
         return found
+
+    def _unlike(self, steps: Sequence[pipeline.Step], measured: verify.Fidelity) -> list[str]:
+        """A warning where samples that no pass has seen lose far more than the passes were allowed to cost."""
+        lossy = [step.item for step in steps if step.error is None and step.item.effect is Effect.LOSSY]
+        asked = [float(getattr(item, "fidelity", 0.0)) for item in lossy]
+        if not self.samples.unseen or not asked or not all(asked):
+            return []
+        # Of the squares, not of the variance, which can only be less: no false alarm.
+        allowed, lost = sum(1 - fidelity for fidelity in asked), measured.relative_l2**2
+        if not lost > _SURPRISE * allowed:
+            return []
+        return [
+            f"samples that no pass has seen lose {lost:.1%} of their outputs where {allowed:.1%} was allowed: they are "
+            "unlike those of --calib; give more of every kind"
+        ]
 
     def _comment(self, steps: Sequence[pipeline.Step]) -> None:
         """Say first what the user must not overlook."""

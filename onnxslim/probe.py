@@ -26,9 +26,6 @@ from onnxslim.units import Kind, Unit, connect, find_units, sources, stored_valu
 Weights = Mapping[str, tuple[np.ndarray, QParams]]
 Feeds = dict[str, np.ndarray]
 
-# Units in the last place that rounding may move the result of a model.
-ROUNDING = 64
-
 
 class Local:
     """The error that each product makes by itself.
@@ -304,49 +301,6 @@ def _constants(graph: ir.Graph, owner: str, params: QParams) -> tuple[ir.Value, 
         g.add_constant(graph, f"{owner}_scale", params.scale),
         g.add_constant(graph, f"{owner}_zero_point", params.zero_point),
     )
-
-
-def _shapes(outputs: Sequence[np.ndarray]) -> list[tuple[int, ...] | None]:
-    return [a.shape if a.dtype.kind == "f" else None for a in outputs]
-
-
-def noise(pairs: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]], doubt: float = 0.0) -> float:
-    """Squared error over the variance of the exact result, for the worst floating-point output; 0 is perfect.
-
-    ``pairs`` are (exact outputs, other outputs) of each sample; errors and variances are summed over the samples.
-    Sequences may give more arrays for one sample than for another; an array of another shape is lost altogether.
-    Against the variance, so that a constant offset of an output does not hide errors, which is at least what rounding
-    makes of numbers of that size. Where the exact result is NaN or infinite nothing can be told; infinity where that is
-    all there is. ``doubt`` standard errors are added: what other samples of the same kind may show (of a ratio of sums;
-    Cochran: Sampling Techniques, 6.4).
-    """
-    worst = 0.0
-    seen = told = 0
-    if any(_shapes(exact) != _shapes(other) for exact, other in pairs):
-        return np.inf
-    for index in range(max(len(exact) for exact, _ in pairs)):
-        errors, signals = [], []
-        for exact, other in pairs:
-            if index >= len(exact):
-                continue
-            a, b = exact[index], other[index]
-            if a.dtype.kind != "f" or not a.size:
-                continue
-            kept = np.isfinite(a)
-            seen, told = seen + a.size, told + int(kept.sum())
-            x = a[kept].astype(np.float64)
-            errors.append(float(np.square(x - b[kept]).sum()))
-            spread = float(np.square(x - x.mean()).sum() if x.size > 1 else np.square(x).sum())
-            # An output that does not vary differs by what rounding its numbers does.
-            signals.append(max(spread, float(np.square(ROUNDING * np.finfo(a.dtype).eps * x).sum())))
-        error, signal = sum(errors), max(sum(signals), 1e-12)
-        if not np.isfinite(error):
-            return np.inf
-        if error:
-            gaps = np.subtract(errors, np.multiply(error / signal, signals))
-            deviation = float(np.sqrt(np.square(gaps).sum() * len(gaps) / max(len(gaps) - 1, 1)))
-            worst = max(worst, (error + doubt * deviation) / signal)
-    return worst if told or not seen else np.inf
 
 
 def _give(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, str]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FIGURES = ("nodes", "parameters", "macs", "bytes")
+# Bytes by which a file may grow because it says what made it.
+METADATA = 256
 
 
 @dataclasses.dataclass
@@ -79,10 +81,11 @@ class Report:
                 lines.append(f"SLOWER than the original: {measured}")
             elif low <= 1:
                 lines.append(f"not faster than the original beyond noise: {measured}")
-        if self.after["bytes"] > self.before["bytes"]:
-            lines.append(f"LARGER than the original: {self.after['bytes']:,} bytes after {self.before['bytes']:,}")
-        elif self.after["bytes"] == self.before["bytes"]:
-            lines.append(f"not smaller than the original: {self.after['bytes']:,} bytes")
+        before, after = self.before["bytes"], self.after["bytes"]
+        if after > before + METADATA:
+            lines.append(f"LARGER than the original: {after:,} bytes after {before:,}")
+        elif after >= before:
+            lines.append(f"not smaller than the original: {after:,} bytes after {before:,}")
         return lines
 
     def table(self) -> RenderableType:

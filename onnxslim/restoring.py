@@ -1,7 +1,7 @@
 """Which layers go back to what they were so that the outputs keep the fidelity asked for.
 
-Fidelity is 1 minus the noise of the worst output (`probe.noise`) on samples that nothing was learned from, where there
-are enough of them, and a standard error less: so that it holds on other samples of the kind too.
+Fidelity is 1 minus the noise of the worst output (`onnxslim.noise`) on samples that nothing was learned from, where
+there are enough of them, and a standard error less: so that it holds on other samples of the kind too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxslim.contract import Context
 from onnxslim.data import Data
-from onnxslim.probe import noise
+from onnxslim.noise import Gap, gaps, share
 
 # Held-out samples that judge a choice, at most and at least.
 JUDGED, FEWEST = 24, 4
@@ -45,33 +45,59 @@ class Judge:
     """Noise of the outputs for any choice of what is changed: squared error over variance, over held-out samples.
 
     ``run`` gives the outputs for one sample with the chosen names changed; with none, what is exact. ``macs`` is what
-    it takes: with a costly model fewer samples judge.
+    it takes: with a costly model fewer samples judge. No choice with more noise than ``budget`` is wanted: once a few
+    samples show that it has more, the others are not run.
     """
 
-    def __init__(self, run: Run, data: Data, macs: float, ctx: Context) -> None:
+    def __init__(self, run: Run, data: Data, macs: float, ctx: Context, budget: float = np.inf) -> None:
         self.run = run
         self.ctx = ctx
+        self.budget = budget
         self._macs = max(macs, 1.0)
         judged = data.spread(int(np.clip(WORK_PER_TRIAL / self._macs, FEWEST, JUDGED)))
-        self.feeds: list[dict[str, np.ndarray]] = list(judged.feeds())
-        self.exact: list[list[np.ndarray]] = [self.run(feed, ()) for feed in self.feeds]
+        self._samples = [_Sample(feed, self.run(feed, ())) for feed in judged.feeds()]
+        self._known: dict[frozenset[str], float] = {}
 
     def noise(self, chosen: Collection[str]) -> float:
-        """Of the worst output, and what the few samples leave open."""
-        return noise([(e, self.run(f, chosen)) for e, f in zip(self.exact, self.feeds, strict=True)], DOUBT)
+        """Of the worst output, and what the few samples leave open; or, above ``budget``, what is known to be there."""
+        key = frozenset(chosen)
+        if key not in self._known:
+            self._known[key] = self._noise(chosen)
+        return self._known[key]
+
+    def _noise(self, chosen: Collection[str]) -> float:
+        # Errors only add up: those of samples that were not run are 0 at least.
+        found = [sample.perfect for sample in self._samples]
+        for k, sample in enumerate(self._samples):
+            found[k] = self._gaps(sample, chosen)
+            if (least := share(found)) > self.budget:
+                return least
+        return share(found, DOUBT)
+
+    def _gaps(self, sample: _Sample, chosen: Collection[str]) -> list[Gap | None]:
+        return gaps(sample.exact, self.run(sample.feed, chosen))
 
     def hardest_first(self, chosen: Collection[str]) -> None:
         """Order the samples by the noise that ``chosen`` makes on them: few samples then show what matters."""
-        found = [noise([(e, self.run(f, chosen))]) for e, f in zip(self.exact, self.feeds, strict=True)]
-        order = sorted(range(len(found)), key=lambda k: -found[k])
-        self.feeds, self.exact = [self.feeds[k] for k in order], [self.exact[k] for k in order]
+        found = [self._gaps(sample, chosen) for sample in self._samples]
+        self._known[frozenset(chosen)] = share(found, DOUBT)
+        order = sorted(range(len(found)), key=lambda k: -share([found[k]]))
+        self._samples = [self._samples[k] for k in order]
 
     def rank(self, names: Sequence[str]) -> dict[str, float]:
         """Noise that each of ``names`` makes when it alone is changed; on as many samples as the work allows."""
-        count = int(np.clip(WORK / (self._macs * max(len(names), 1)), 1, len(self.feeds)))
-        judges = list(zip(self.feeds, self.exact, strict=True))[:count]
+        count = int(np.clip(WORK / (self._macs * max(len(names), 1)), 1, len(self._samples)))
+        judges = self._samples[:count]
         tracked = self.ctx.progress.track(names, total=len(names), label="sensitivity")
-        return {n: sum(noise([(exact, self.run(feed, (n,)))]) for feed, exact in judges) / count for n in tracked}
+        return {n: sum(share([self._gaps(sample, (n,))]) for sample in judges) / count for n in tracked}
+
+
+class _Sample:
+    """A sample, what is exact for it, and the gaps of a choice that leaves it so."""
+
+    def __init__(self, feed: dict[str, np.ndarray], exact: list[np.ndarray]) -> None:
+        self.feed, self.exact = feed, exact
+        self.perfect = gaps(exact, exact)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +116,7 @@ def keep(
     rank: Callable[[Sequence[str]], Mapping[str, float]],
     price: Callable[[str], float] = lambda name: 1.0,
 ) -> Kept:
-    """As many of ``names`` as keep the noise within ``budget``.
+    """As many of ``names`` as keep the noise within ``budget``; ``noise_of`` need not say how much more there is.
 
     They go back in the order of the noise that each makes alone (``rank``) per its ``price``; how many must is found
     by bisection. Of these, the least harmful first, those stay changed after all that fit in: noise does not always add

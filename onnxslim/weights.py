@@ -158,9 +158,10 @@ def borne(
         return Borne(list(weights), [], None)
     owners = {weight.value.name or "": weight for weight in weights}
     macs = cost.analyze(model, held_out.feed(held_out[0])).macs
-    judge = restoring.Judge(SwitchedWeights(model, changed, ctx.threads), held_out, macs, ctx)
+    budget = 1 - fidelity
+    judge = restoring.Judge(SwitchedWeights(model, changed, ctx.threads), held_out, macs, ctx, budget)
     judge.hardest_first(list(owners))
-    found = restoring.keep(list(owners), 1 - fidelity, judge.noise, judge.rank, lambda name: float(owners[name].size))
+    found = restoring.keep(list(owners), budget, judge.noise, judge.rank, lambda name: float(owners[name].size))
     skipped = [
         Skip(owners[name].name, f"changed, it alone takes {lost:.2%} of an output's variance")
         for name, lost in found.restored.items()

@@ -182,7 +182,7 @@ class _Trial:
             return runtime.arrays(runtime.run(runner(frozenset(names)), feed))
 
         macs = cost.analyze(self.model, self.data.feed(self.data[0])).macs
-        judge = Judge(run, self.data, macs, self.ctx)
+        judge = Judge(run, self.data, macs, self.ctx, budget)
         kept = keep(self.found.names, budget, judge.noise, judge.rank)
         self.found.names, self.found.fidelity = kept.names, round(1 - kept.noise, 5)
         for name, alone in kept.restored.items():

@@ -14,7 +14,7 @@ from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
-from onnxslim.probe import noise
+from onnxslim.noise import noise
 from onnxslim.restoring import JUDGED, parts
 from onnxslim.sparsity import Costs, Layer, Pattern
 from onnxslim.units import name_all_nodes

@@ -126,6 +126,7 @@ class Scale(Pass):
     needs_data: ClassVar[bool] = True
 
     by: float = 0.99
+    fidelity: float = 0.0
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
         _scale(model, self.by)

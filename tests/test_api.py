@@ -210,6 +210,17 @@ def test_a_lossy_pass_reports_its_fidelity(tiny: Path, samples: Maker) -> None:
     assert result.report.fidelity["outputs"][0]["relative_l2"] > 0.1
 
 
+@pytest.mark.parametrize(("fidelity", "said"), [(0.0, False), (0.99, True), (0.6, False)])
+def test_samples_that_lose_more_than_was_allowed_are_named(
+    tiny: Path, samples: Maker, fidelity: float, said: bool
+) -> None:
+    result = _optimize(tiny, f"scale(by=0.5,fidelity={fidelity})", calibration=samples(8))
+    assert any("samples that no pass has seen lose" in line for line in result.report.warnings) == said
+    seen = samples(8)
+    result = _optimize(tiny, f"scale(by=0.5,fidelity={fidelity})", calibration=seen, evaluation=seen)
+    assert not any("samples that no pass has seen" in line for line in result.report.warnings)
+
+
 def test_calibration_keeps_all_samples_when_others_judge(tiny: Path, samples: Maker) -> None:
     result = _optimize(tiny, "scale", calibration=samples(8), evaluation=samples(5))
     assert result.report.passes[1]["stats"]["samples"] == 8

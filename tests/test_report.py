@@ -57,6 +57,7 @@ def test_json_is_strict_and_nothing_is_lost() -> None:
         ([0.8, 0.9], 1000, ["SLOWER"]),
         ([0.9, 1.1], 1000, ["not faster"]),
         ([1.9, 2.1], 4000, ["not smaller"]),
+        ([1.9, 2.1], 4100, ["not smaller"]),
         ([0.8, 0.9], 5000, ["SLOWER", "LARGER"]),
     ],
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxslim.data import Data
-from onnxslim.restoring import ALONE, keep, parts
+from onnxslim.contract import Context
+from onnxslim.data import Data, InputSpec
+from onnxslim.noise import noise
+from onnxslim.restoring import ALONE, DOUBT, Judge, keep, parts
 
 
 @settings(max_examples=200, deadline=None)
@@ -64,3 +66,31 @@ def test_a_few_samples_do_not_judge_alone(count: int) -> None:
     assert judges == list(range(count)) or not set(fit) & set(judges)
     assert (judges == list(range(count))) == (count < 44)
     assert sorted({*fit, *judges}) == list(range(count))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 12), st.floats(0.0, 0.2), st.booleans())
+def test_samples_that_cannot_change_the_verdict_are_not_run(seed: int, count: int, budget: float, first: bool) -> None:
+    rng = np.random.default_rng(seed)
+    exact = rng.standard_normal((count, 2, 9)).astype(np.float32)
+    gains = dict(zip("abcd", rng.uniform(0, 0.3, (4, count)), strict=True))
+    runs = 0
+
+    def run(feed: dict[str, np.ndarray], chosen: Collection[str]) -> list[np.ndarray]:
+        nonlocal runs
+        runs += 1
+        k = int(feed["x"])
+        return [out * np.float32(1 + sum(gains[name][k] for name in chosen)) for out in exact[k]]
+
+    data = Data("numbers", count, lambda k: {"x": np.array(k)}, [InputSpec("x", np.dtype(np.int64), ())])
+    judge = Judge(run, data, 1.0, Context(data), budget)
+    if first:
+        judge.hardest_first("abcd")
+    for chosen in ("abcd", "ab", "c", "ba"):
+        want = noise([(list(exact[k]), run({"x": np.array(k)}, chosen)) for k in range(count)], DOUBT)
+        before = runs
+        found = judge.noise(chosen)
+        assert (found <= budget) == (want <= budget)
+        assert found == pytest.approx(want) if want <= budget else found <= want * (1 + 1e-9)
+        assert runs - before <= count
+        assert chosen != "ba" or runs == before

@@ -11,8 +11,9 @@ import onnx_ir as ir
 from onnxslim import runtime
 from onnxslim.contract import Context
 from onnxslim.data import Data
+from onnxslim.noise import noise
 from onnxslim.passes.int8.prepare import Prepared
-from onnxslim.probe import Switched, noise
+from onnxslim.probe import Switched
 from onnxslim.restoring import FEWEST, Judge, keep
 from onnxslim.units import Kind
 
@@ -42,7 +43,8 @@ def restore(
             return switched(feed, chosen)
         return runtime.arrays(runtime.run(in_float, feed))
 
-    judge = Judge(run, held_out, sum(ready.macs.values()), ctx)
+    budget = 1 - fidelity if fidelity else float("inf")
+    judge = Judge(run, held_out, sum(ready.macs.values()), ctx, budget)
     judge.hardest_first(everything)
 
     def price(name: str) -> float:
@@ -50,8 +52,6 @@ def restore(
         elements = sum(ready.sizes.get(v, 0.0) for v in (*unit.inputs, *unit.outputs))
         cut = 1 if unit.kind is Kind.PRODUCT else CUT
         return ready.macs.get(name, 0) + cut * MACS_PER_ELEMENT * elements + MACS_PER_LAYER
-
-    budget = 1 - fidelity if fidelity else float("inf")
 
     def only(names: Collection[str]) -> Prepared:
         barred = frozenset(between).difference(names)

@@ -8,8 +8,8 @@ from onnxslim import runtime
 from onnxslim.contract import Context
 from onnxslim.data import Data
 from onnxslim.errors import ModelError
+from onnxslim.noise import noise
 from onnxslim.passes.fuse import Fuse
-from onnxslim.probe import noise
 from onnxslim.restoring import FEWEST
 
 # Share of an output's variance by which rounding in another order may move it: some 1e-4 of its deviation.

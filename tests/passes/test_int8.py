@@ -17,10 +17,10 @@ from onnxslim import data, runtime
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Outcome
 from onnxslim.errors import UsageError
+from onnxslim.noise import noise
 from onnxslim.passes import int8
 from onnxslim.passes.int8 import Int8
 from onnxslim.pipeline import parse
-from onnxslim.probe import noise
 from onnxslim.qdq import missing_kernel
 from onnxslim.saturation import saturates_here
 

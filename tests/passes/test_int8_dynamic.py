@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxslim import data, runtime, timing
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Outcome
+from onnxslim.noise import noise
 from onnxslim.passes.int8 import Int8
-from onnxslim.probe import noise
 
 WIDTH, HIDDEN = 16, 24
 
