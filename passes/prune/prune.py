@@ -25,7 +25,7 @@ from onnxslim.passes.prune import record as plans
 from onnxslim.passes.prune.layers import Layer, layer
 from onnxslim.passes.prune.plan import Planner
 from onnxslim.passes.prune.reconstruct import refit
-from onnxslim.restoring import FEWEST
+from onnxslim.restoring import ALONE
 
 TRIALS = 8  # plans tried without refitting
 ATTEMPTS = 3  # plans, each more careful, before "nothing is nearly free"
@@ -34,7 +34,7 @@ LEVELS = (0.35, 1.0)  # parts of what may leave a family at which that is measur
 FELT = 1e-4  # relative error of the readers that is more than rounding
 MOST = 0.6  # share of a family that can leave when only what is nearly free may
 REASONS = 3  # told where nothing can leave
-HELD = 0.2  # share of the samples that judge; at least FEWEST, where there are twice as many
+HELD = 0.2  # share of the samples that judge; at least ALONE, where there are twice as many
 BUDGETS = ("ratio", "params", "macs", "latency")
 
 
@@ -176,7 +176,7 @@ class Prune(Pass):
             outcome.skipped.append(Skip("*", "no calibration data: what is nearly free cannot be known; give a budget"))
             return outcome
         count = max(len(ctx.calibration), 1)
-        fit, held_out = ctx.calibration.split(max(HELD, min(FEWEST, count // 2) / count))
+        fit, held_out = ctx.calibration.split(max(HELD, min(ALONE, count // 2) / count))
         measured = measure.factors(coupled, families, fit, held_out, ctx)
         if self.plan is None:
             orders, candidates = self._judge(coupled, families, given, measured, held_out, ctx)

@@ -148,6 +148,23 @@ def test_the_error_that_is_told_is_that_of_other_samples(count: int) -> None:
     assert 0.5 < np.sum(told) / np.sum(true) < 2
 
 
+@pytest.mark.parametrize(("count", "judges"), [(1, 1), (2, 1), (8, 4), (24, 12), (30, 12), (100, 20)])
+def test_enough_samples_judge(monkeypatch: pytest.MonkeyPatch, count: int, judges: int) -> None:
+    """Few numbers of a model that is mostly sure say nothing of the samples that it is not sure of."""
+    model = model_io.load(_wide(0))
+    x = np.random.default_rng(0).standard_normal((count, 24)).astype(np.float32)
+    data = data_io.open_data({"x": x}, data_io.input_specs(model))
+    seen: list[int] = []
+
+    def errors(_: object, trials: list[object], held_out: data_io.Data, __: Context) -> list[float]:
+        seen.append(len(held_out))
+        return [0.0] * len(trials)
+
+    monkeypatch.setattr("onnxslim.passes.prune.prune._errors", errors)
+    Prune(ratio=0.3).apply(model, Context(data, threads=1))
+    assert seen == [judges]
+
+
 def test_ratio_saves_its_share_of_parameters() -> None:
     model = _cnn()
     shares = []
