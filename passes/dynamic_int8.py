@@ -17,6 +17,7 @@ from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.restoring import Judge, keep
+from onnxslim.results import Kinds
 from onnxslim.saturation import saturates_here
 from onnxslim.units import NEVER, PRODUCTS, name_all_nodes
 
@@ -182,7 +183,7 @@ class _Trial:
             return runtime.arrays(runtime.run(runner(frozenset(names)), feed))
 
         macs = cost.analyze(self.model, self.data.feed(self.data[0])).macs
-        judge = Judge(run, self.data, macs, self.ctx, budget)
+        judge = Judge(run, self.data, macs, self.ctx, budget, Kinds(self.model, self.ctx.threads))
         kept = keep(self.found.names, budget, judge.noise, judge.rank)
         self.found.names, self.found.fidelity = kept.names, round(1 - kept.noise, 5)
         for name, alone in kept.restored.items():

@@ -15,6 +15,7 @@ from onnxslim.noise import noise
 from onnxslim.passes.int8.prepare import Prepared
 from onnxslim.probe import Switched
 from onnxslim.restoring import FEWEST, Judge, keep
+from onnxslim.results import Kinds
 from onnxslim.units import Kind
 
 # A layer in float costs its MACs and the conversion of its inputs and outputs: so many MACs per element, and at least.
@@ -44,7 +45,7 @@ def restore(
         return runtime.arrays(runtime.run(in_float, feed))
 
     budget = 1 - fidelity if fidelity else float("inf")
-    judge = Judge(run, held_out, sum(ready.macs.values()), ctx, budget)
+    judge = Judge(run, held_out, sum(ready.macs.values()), ctx, budget, Kinds(model, ctx.threads))
     judge.hardest_first(everything)
 
     def price(name: str) -> float:
