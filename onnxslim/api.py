@@ -401,11 +401,11 @@ class _Run:
     def _unlike(self, steps: Sequence[pipeline.Step], measured: verify.Fidelity) -> list[str]:
         """A warning where samples that no pass has seen lose far more than the passes were allowed to cost."""
         lossy = [step.item for step in steps if step.error is None and step.item.effect is Effect.LOSSY]
-        asked = [float(getattr(item, "fidelity", 0.0)) for item in lossy]
-        if not self.samples.unseen or not asked or not all(asked):
+        limits = [item.allowed for item in lossy]
+        if not self.samples.unseen or not limits or None in limits:
             return []
         # Of the squares, not of the variance, which can only be less: no false alarm.
-        allowed, lost = sum(1 - fidelity for fidelity in asked), measured.relative_l2**2
+        allowed, lost = sum(limit for limit in limits if limit is not None), measured.relative_l2**2
         if not lost > _SURPRISE * allowed:
             return []
         return [

@@ -131,6 +131,12 @@ class Pass(abc.ABC):
         """True when inputs and outputs of the model may get another float type; what is fed to it is converted."""
         return False
 
+    @property
+    def allowed(self) -> float | None:
+        """Noise of the worst output (see `onnxslim.noise`) that the pass may cost; None where it has no limit."""
+        fidelity = getattr(self, "fidelity", None)
+        return 1 - fidelity if fidelity else None
+
     def careful(self, outcome: Outcome) -> Pass | None:
         """This pass, but changing less: tried where ``outcome`` overran the user's budget. None where it cannot.
 

@@ -126,10 +126,13 @@ def _stored(matrix: np.ndarray, portable: bool) -> tuple[np.ndarray, QParams]:
 
 
 def _take_over(node: ir.Node, other: ir.Node) -> None:
-    """Let everybody read the outputs of ``other`` instead of those of ``node``."""
+    """Let everybody read the outputs of ``other`` instead of those of ``node``, by the same names."""
     for old, new in zip(node.outputs, other.outputs, strict=True):
         new.type, new.shape = old.type, old.shape
         if old.name:
+            name = old.name
             g.replace(old, new)
+            if new.name != name:
+                old.name, new.name = new.name, name
         else:
             new.name = ""

@@ -13,8 +13,8 @@ import numpy as np
 
 from onnxslim.contract import Context
 from onnxslim.data import Data
-from onnxslim.noise import Gap, gaps, share
-from onnxslim.results import Kinds
+from onnxslim.noise import Gap, share
+from onnxslim.results import Exact
 
 # Held-out samples that judge a choice, at most and at least.
 JUDGED, FEWEST = 24, 4
@@ -26,13 +26,11 @@ MOST_REFUSED = 3
 
 # Standard errors by which the noise of other samples may be more than that of those that judge.
 DOUBT = 1.0
-# Times the noise of an output that one kind of the numbers in it may have. Scores of a detector are nearly all the same
-# number: what rare ones lose is much of their variance before a detection is lost.
-KIND = 4.0
 # Share of the samples that are held out to judge, and how many they must be to judge alone.
 HELD_OUT, ALONE = 0.25, 12
 
 Run = Callable[[dict[str, np.ndarray], Collection[str]], list[np.ndarray]]
+Compare = Callable[[dict[str, np.ndarray], list[np.ndarray]], Exact]
 
 
 def parts(samples: Data) -> tuple[Data, Data]:
@@ -48,21 +46,21 @@ def parts(samples: Data) -> tuple[Data, Data]:
 class Judge:
     """Noise of the outputs for any choice of what is changed: squared error over variance, over held-out samples.
 
-    ``run`` gives the outputs for one sample with the chosen names changed; with none, what is exact. Where an output
-    holds several ``kinds``, each may have `KIND` times the noise of the whole. ``macs`` is what it takes: with a costly
-    model fewer samples judge. No choice with more noise than ``budget`` is wanted: once a few samples show that it has
-    more, the others are not run.
+    ``run`` gives the outputs for one sample with the chosen names changed; with none, what is exact: ``exact`` makes
+    of that what others are compared with. ``macs`` is what it takes: with a costly model fewer samples judge. No choice
+    with more noise than ``budget`` is wanted: once a few samples show that it has more, the others are not run.
     """
 
     def __init__(
-        self, run: Run, data: Data, macs: float, ctx: Context, budget: float, kinds: Kinds | None = None
+        self, run: Run, data: Data, macs: float, ctx: Context, budget: float, exact: Compare | None = None
     ) -> None:
         self.run = run
         self.ctx = ctx
         self.budget = budget
         self._macs = max(macs, 1.0)
         judged = data.spread(int(np.clip(WORK_PER_TRIAL / self._macs, FEWEST, JUDGED)))
-        self._samples = [_Sample(feed, self.run(feed, ()), kinds) for feed in judged.feeds()]
+        exactly = exact or (lambda _, outputs: Exact(outputs))
+        self._samples = [(feed, exactly(feed, self.run(feed, ()))) for feed in judged.feeds()]
         self._known: dict[frozenset[str], float] = {}
 
     def noise(self, chosen: Collection[str]) -> float:
@@ -74,15 +72,16 @@ class Judge:
 
     def _noise(self, chosen: Collection[str]) -> float:
         # Errors only add up: those of samples that were not run are 0 at least.
-        found = [sample.perfect for sample in self._samples]
+        found = [exact.perfect for _, exact in self._samples]
         for k, sample in enumerate(self._samples):
             found[k] = self._gaps(sample, chosen)
             if (least := share(found)) > self.budget:
                 return least
         return share(found, DOUBT)
 
-    def _gaps(self, sample: _Sample, chosen: Collection[str]) -> list[Gap | None]:
-        return sample.gaps(self.run(sample.feed, chosen))
+    def _gaps(self, sample: tuple[dict[str, np.ndarray], Exact], chosen: Collection[str]) -> list[Gap | None]:
+        feed, exact = sample
+        return exact.gaps(self.run(feed, chosen))
 
     def hardest_first(self, chosen: Collection[str]) -> None:
         """Order the samples by the noise that ``chosen`` makes on them: few samples then show what matters."""
@@ -97,22 +96,6 @@ class Judge:
         judges = self._samples[:count]
         tracked = self.ctx.progress.track(names, total=len(names), label="sensitivity")
         return {n: sum(share([self._gaps(sample, (n,))]) for sample in judges) / count for n in tracked}
-
-
-class _Sample:
-    """A sample, what is exact for it, and the gaps of a choice that leaves it so."""
-
-    def __init__(self, feed: dict[str, np.ndarray], exact: list[np.ndarray], kinds: Kinds | None) -> None:
-        self.feed = feed
-        self._exact = exact
-        self._split = kinds.split(feed) if kinds is not None else lambda _: []
-        self._kinds = self._split(exact)
-        self.perfect = self.gaps(exact)
-
-    def gaps(self, outputs: list[np.ndarray]) -> list[Gap | None]:
-        """Those of the outputs, and those of the kinds in them, of which `KIND` times as much is borne."""
-        kinds = gaps(self._kinds, self._split(outputs))
-        return gaps(self._exact, outputs) + [g and g._replace(error=g.error / KIND) for g in kinds]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""Numbers of different kinds in one output: detectors return boxes and scores in one tensor.
+"""What a change of a model is judged by: the exact results for a sample, and how far others are from them.
 
-An error of the scores would hide behind the variance of the coordinates, so the two are judged apart. Kinds are told by
-the operators that make them, behind Concat and what moves numbers.
+Labels, and detections behind non-maximum suppression, say little: they stay what they are until they are another
+choice altogether. So the numbers that are chosen by are judged in their place.
+
+Detectors return boxes and scores in one tensor. An error of the scores would hide behind the variance of the
+coordinates, so the two are judged apart. Kinds are told by the operators that make them, behind Concat and what moves
+numbers.
 """
 
 from __future__ import annotations
@@ -12,12 +16,105 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxslim import runtime
-from onnxslim.graph import add_node, is_constant, is_op, opset
+from onnxslim.graph import add_node, captured, is_constant, is_op, opset, subgraphs
+from onnxslim.noise import Gap, gaps
+
+# Times the noise of an output that one kind of the numbers in it may have. Scores of a detector are nearly all the same
+# number: what rare ones lose is much of their variance before a detection is lost.
+KIND = 4.0
+# Operators that choose: a small change of their inputs puts results elsewhere, or adds and drops some.
+_CHOOSES = ("ArgMax", "ArgMin", "Compress", "Hardmax", "NonMaxSuppression", "NonZero", "TopK", "Unique")
+# Operators whose weights are changed: what stands behind them is judged.
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
 
 # Operators that leave every number of their first input, or of all inputs, what it is.
 _MOVES = ("Concat", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 Split = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+
+
+class Told:
+    """What tells what a change does to ``model``: its outputs, or what they are chosen by.
+
+    That is, instead of an output that is no floating-point number, or that stands where a choice has put it, the
+    numbers in front of the first choice; where layers stand behind that, those in front of the last one.
+
+    Attributes:
+        model: ``model`` with these values for outputs.
+    """
+
+    def __init__(self, model: ir.Model, threads: int) -> None:
+        parts, whole = _told(model)
+        self._names = [*parts, *whole]
+        self._parts = len(parts)
+        self.model = self.of(model)
+        self._kinds = Kinds(self.model, threads)
+
+    def of(self, model: ir.Model) -> ir.Model:
+        """``model``, which has values of these names, with them for outputs; itself where it has them."""
+        if self._names == [output.name for output in model.graph.outputs]:
+            return model
+        clone = model.clone()
+        values = {value.name: value for node in clone.graph for value in node.outputs}
+        values |= {value.name: value for value in (*clone.graph.inputs, *clone.graph.initializers.values())}
+        clone.graph.outputs[:] = [values[name] for name in self._names]
+        return clone
+
+    def exact(self, feed: Mapping[str, np.ndarray], outputs: Sequence[np.ndarray]) -> Exact:
+        """``outputs`` of `model` for ``feed`` as what others are compared with."""
+        return Exact(outputs, self._kinds.split(feed), self._parts)
+
+
+def _told(model: ir.Model) -> tuple[list[str], list[str]]:
+    """The values that tell what a change does: those of which several tell of one output, and the others."""
+    chosen: set[ir.Value] = set()
+    for node in model.graph:
+        if _has(node, _CHOOSES) or not chosen.isdisjoint(v for v in _reads(node) if v is not None):
+            chosen.update(node.outputs)
+    parts: dict[str, None] = {}
+    whole: dict[str, None] = {}
+    for output in model.graph.outputs:
+        found, crossed = _in_front(output, lambda value: _is_float(value) and value not in chosen)
+        if not found or any(_has(node, _LAYERS) for node in crossed):
+            found, _ = _in_front(output, _is_float)
+        names = dict.fromkeys(value.name or "" for value in found or [output])
+        (parts if len(names) > 1 else whole).update(names)
+    return [name for name in parts if name not in whole], list(whole)
+
+
+def _in_front(output: ir.Value, wanted: Callable[[ir.Value], bool]) -> tuple[list[ir.Value], list[ir.Node]]:
+    """The nearest computed values in front of ``output``, or itself, that are ``wanted``, and the nodes behind them."""
+    seen: dict[ir.Value, None] = {}
+    found: list[ir.Value] = []
+    crossed: list[ir.Node] = []
+    stack = [output]
+    while stack:
+        value = stack.pop()
+        node = value.producer()
+        if value in seen or node is None or node.graph is not output.graph:
+            continue
+        seen[value] = None
+        if wanted(value):
+            found.append(value)
+            continue
+        crossed.append(node)
+        if not is_op(node, "Shape", "Size"):  # these tell nothing of the numbers
+            stack.extend(v for v in reversed(_reads(node)) if v is not None)
+    return found, crossed
+
+
+def _reads(node: ir.Node) -> list[ir.Value | None]:
+    return [*node.inputs, *captured(node)]
+
+
+def _has(node: ir.Node, operators: Sequence[str]) -> bool:
+    """True when ``node`` is one of ``operators``, or has one in a body."""
+    return any(is_op(n, *operators) for n in (node, *(inner for body in subgraphs(node) for inner in body.all_nodes())))
+
+
+def _is_float(value: ir.Value) -> bool:
+    """True where that is not known, too."""
+    return value.dtype is None or value.dtype.is_floating_point()
 
 
 class Kinds:
@@ -50,6 +147,31 @@ class Kinds:
             ]
 
         return split
+
+
+class Exact:
+    """What is exact for one sample: ``outputs``, of which ``split`` tells the kinds; the first ``parts`` are kinds too.
+
+    Attributes:
+        perfect: the gaps of outputs that are exact.
+    """
+
+    def __init__(self, outputs: Sequence[np.ndarray], split: Split = lambda _: [], parts: int = 0) -> None:
+        self._outputs = outputs
+        self._split = split
+        self._parts = parts
+        self._kinds = self._split(outputs)
+        self.perfect = self.gaps(outputs)
+
+    def gaps(self, outputs: Sequence[np.ndarray]) -> list[Gap | None]:
+        """Those of the outputs, and those of the kinds in them, of which `KIND` times as much is borne."""
+        found = gaps(self._outputs, outputs)
+        kinds = gaps(self._kinds, self._split(outputs))
+        return [*map(_borne, found[: self._parts]), *found[self._parts :], *map(_borne, kinds)]
+
+
+def _borne(gap: Gap | None) -> Gap | None:
+    return gap and gap._replace(error=gap.error / KIND)
 
 
 def _label(output: ir.Value) -> bool:

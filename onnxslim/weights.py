@@ -14,7 +14,7 @@ from onnxslim import model as model_io
 from onnxslim.contract import Context, Skip
 from onnxslim.data import Data
 from onnxslim.probe import SwitchedWeights
-from onnxslim.results import Kinds
+from onnxslim.results import Told
 from onnxslim.rounding import Gram
 from onnxslim.units import NEVER, PRODUCTS
 
@@ -160,9 +160,8 @@ def borne(
     owners = {weight.value.name or "": weight for weight in weights}
     macs = cost.analyze(model, held_out.feed(held_out[0])).macs
     budget = 1 - fidelity
-    judge = restoring.Judge(
-        SwitchedWeights(model, changed, ctx.threads), held_out, macs, ctx, budget, Kinds(model, ctx.threads)
-    )
+    told = Told(model, ctx.threads)
+    judge = restoring.Judge(SwitchedWeights(told.model, changed, ctx.threads), held_out, macs, ctx, budget, told.exact)
     judge.hardest_first(list(owners))
     found = restoring.keep(list(owners), budget, judge.noise, judge.rank, lambda name: float(owners[name].size))
     skipped = [

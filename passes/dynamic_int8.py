@@ -17,7 +17,7 @@ from onnxslim.data import Data
 from onnxslim.graph import is_op
 from onnxslim.opset import raise_opset
 from onnxslim.restoring import Judge, keep
-from onnxslim.results import Kinds
+from onnxslim.results import Told
 from onnxslim.saturation import saturates_here
 from onnxslim.units import NEVER, PRODUCTS, name_all_nodes
 
@@ -174,16 +174,17 @@ class _Trial:
 
     def faithful(self, budget: float) -> None:
         """Leave out as much as the outputs cannot bear, the layers that disturb them most first."""
+        told = Told(self.model, self.ctx.threads)
 
         @functools.lru_cache(maxsize=1)  # samples are judged one after the other with the same layers
         def runner(names: frozenset[str]) -> runtime.Runner:
-            return runtime.load(self.insert(names), threads=self.ctx.threads)
+            return runtime.load(told.of(self.insert(names)), threads=self.ctx.threads)
 
         def run(feed: dict[str, np.ndarray], names: Collection[str]) -> list[np.ndarray]:
             return runtime.arrays(runtime.run(runner(frozenset(names)), feed))
 
         macs = cost.analyze(self.model, self.data.feed(self.data[0])).macs
-        judge = Judge(run, self.data, macs, self.ctx, budget, Kinds(self.model, self.ctx.threads))
+        judge = Judge(run, self.data, macs, self.ctx, budget, told.exact)
         kept = keep(self.found.names, budget, judge.noise, judge.rank)
         self.found.names, self.found.fidelity = kept.names, round(1 - kept.noise, 5)
         for name, alone in kept.restored.items():

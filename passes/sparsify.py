@@ -14,8 +14,9 @@ from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.data import Data
-from onnxslim.noise import noise
+from onnxslim.noise import share
 from onnxslim.restoring import JUDGED, parts
+from onnxslim.results import Told
 from onnxslim.sparsity import Costs, Layer, Pattern
 from onnxslim.units import name_all_nodes
 from onnxslim.weights import Weight, borne, find_weights, with_moments
@@ -109,15 +110,16 @@ class Sparsify(Pass):
     ) -> tuple[Iterable[tuple[ir.Value, np.ndarray]], float]:
         """The largest of `SHARES` that keeps the fidelity, by bisection, and the fidelity it has."""
         feeds = list(held_out.spread(JUDGED).feeds())
-        runner = runtime.load(model, threads=ctx.threads)
-        exact = [runtime.arrays(runner(f)) for f in feeds]
+        told = Told(model, ctx.threads)
+        runner = runtime.load(told.model, threads=ctx.threads)
+        exact = [told.exact(f, runtime.arrays(runner(f))) for f in feeds]
         best: tuple[list[tuple[ir.Value, np.ndarray]], float] = ([], 1.0)
         low, high = 0, len(SHARES)  # the number of shares that can be had lies in [low, high]
         while low < high:
             middle = (low + high + 1) // 2
             found = list(work.thinned(SHARES[middle - 1]))
-            other = runtime.load(_with(model, found), threads=ctx.threads)
-            lost = noise([(e, runtime.arrays(other(f))) for e, f in zip(exact, feeds, strict=True)])
+            other = runtime.load(_with(told.model, found), threads=ctx.threads)
+            lost = share([e.gaps(runtime.arrays(other(f))) for e, f in zip(exact, feeds, strict=True)])
             if lost <= 1 - self.fidelity:
                 low, best = middle, (found, round(1 - lost, 5))
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from onnxslim.contract import Context
 from onnxslim.data import Data, InputSpec
 from onnxslim.noise import noise
-from onnxslim.restoring import ALONE, DOUBT, KIND, Judge, keep, parts
+from onnxslim.restoring import ALONE, DOUBT, Judge, keep, parts
+from onnxslim.results import KIND, Exact
 
 
 @settings(max_examples=200, deadline=None)
@@ -96,11 +97,9 @@ def test_samples_that_cannot_change_the_verdict_are_not_run(seed: int, count: in
         assert chosen != "ba" or runs == before
 
 
-class _Halves:
+def _halves(outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The first half of each output is of one kind, the rest of another."""
-
-    def split(self, _: object) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
-        return lambda outputs: [half for array in outputs for half in np.array_split(array, 2)]
+    return [half for array in outputs for half in np.array_split(array, 2)]
 
 
 def test_small_numbers_do_not_hide_behind_large_ones() -> None:
@@ -111,7 +110,8 @@ def test_small_numbers_do_not_hide_behind_large_ones() -> None:
         return [np.concatenate([boxes, scores * (0.5 if chosen else 1)])]
 
     data = Data("numbers", 4, lambda k: {"x": np.array(k)}, [InputSpec("x", np.dtype(np.int64), ())])
-    lost = [Judge(run, data, 1.0, Context(data), np.inf, kinds).noise("a") for kinds in (None, _Halves())]  # type: ignore[arg-type]
+    ways = (None, lambda _, outputs: Exact(outputs, _halves))
+    lost = [Judge(run, data, 1.0, Context(data), np.inf, exact).noise("a") for exact in ways]
     want = np.sum((0.5 * scores) ** 2) / np.sum((scores - scores.mean()) ** 2) / KIND
     assert lost[0] < 1e-3
     assert lost[1] == pytest.approx(want, rel=1e-6)

@@ -57,7 +57,7 @@ class Int8(Pass):
         fidelity: share of the variance of each output that must survive, measured on held-out samples (on all where
             there are fewer than 44): 1 minus squared error over variance, less its standard error. Where one output
             holds numbers of several kinds, as the boxes and scores of a detector, each kind may lose four times as
-            much. 0 turns the check off.
+            much; where it is chosen, as a label is, what it is chosen by is judged. 0 turns the check off.
         measure: time the candidates and keep in int8 only what is faster. Without it the result does not depend on
             the machine it was made on, and every layer that can be int8 is.
         equalize: centre and equalize channels across layers first.

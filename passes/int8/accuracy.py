@@ -15,7 +15,7 @@ from onnxslim.noise import noise
 from onnxslim.passes.int8.prepare import Prepared
 from onnxslim.probe import Switched
 from onnxslim.restoring import FEWEST, Judge, keep
-from onnxslim.results import Kinds
+from onnxslim.results import Told
 from onnxslim.units import Kind
 
 # A layer in float costs its MACs and the conversion of its inputs and outputs: so many MACs per element, and at least.
@@ -36,8 +36,9 @@ def restore(
     everything = ready.choose(ready.products)
     names = [n for n in ready.units if n in everything]
     between = [n for n in names if ready.units[n].kind is not Kind.PRODUCT]
-    switched = Switched(model, ready.plan(everything), ctx.threads)
-    in_float = None if exact is None else runtime.load(exact, threads=ctx.threads)
+    told = Told(model, ctx.threads)
+    switched = Switched(told.model, ready.plan(everything), ctx.threads)
+    in_float = None if exact is None else runtime.load(told.of(exact), threads=ctx.threads)
 
     def run(feed: dict[str, np.ndarray], chosen: Collection[str]) -> list[np.ndarray]:
         if chosen or in_float is None:
@@ -45,7 +46,7 @@ def restore(
         return runtime.arrays(runtime.run(in_float, feed))
 
     budget = 1 - fidelity if fidelity else float("inf")
-    judge = Judge(run, held_out, sum(ready.macs.values()), ctx, budget, Kinds(model, ctx.threads))
+    judge = Judge(run, held_out, sum(ready.macs.values()), ctx, budget, told.exact)
     judge.hardest_first(everything)
 
     def price(name: str) -> float:
@@ -76,7 +77,8 @@ def kernel_noise(model: ir.Model, data: Data, ctx: Context) -> float:
 
     Without ONNX Runtime's optimizations every pair is computed as it stands, and products in float.
     """
-    exact, real = (runtime.load(model, threads=ctx.threads, optimize=optimize) for optimize in (False, True))
+    told = Told(model, ctx.threads).model
+    exact, real = (runtime.load(told, threads=ctx.threads, optimize=optimize) for optimize in (False, True))
     pairs = []
     for feed in data.spread(FEWEST).feeds():
         want, got = (runtime.arrays(runtime.run(runner, feed)) for runner in (exact, real))

@@ -16,10 +16,14 @@ from onnxslim.coupling import Coupling, Family, Site
 from onnxslim.data import Data
 from onnxslim.frontier import Frontier
 from onnxslim.graph import attribute, by_output, constant, set_constant, subgraphs
+from onnxslim.noise import Gap, share
 from onnxslim.passes.prune.importance import RIDGE, Contribution
 from onnxslim.passes.prune.layers import Layer, layer
+from onnxslim.restoring import DOUBT
+from onnxslim.results import Told
 
 ROWS = 24_000  # observations per contraction
+LOST = 1e6  # the noise of outputs that are lost altogether: a number that can be added up
 
 
 @dataclasses.dataclass
@@ -145,13 +149,17 @@ def vectors(coupled: Coupling, family: Family) -> np.ndarray:
 def sensitivity(
     coupled: Coupling, measured: Mapping[Site, Factor], removals: Sequence[np.ndarray], data: Data, ctx: Context
 ) -> list[float]:
-    """For each array of atoms: the relative squared error of the outputs when just these leave.
+    """For each array of atoms: the noise of the outputs (`onnxslim.noise`) when just these leave, at most `LOST`.
 
     The layers that read them are refitted in closed form from their own moments, as the whole network will be later.
     """
-    runner = runtime.load(coupled.model, threads=ctx.threads)
-    expected = [runtime.run(runner, feed) for feed in data.feeds()]
-    whole = coupled.model.clone()
+    told = Told(coupled.model, ctx.threads)
+    runner = runtime.load(told.model, threads=ctx.threads)
+    expected = []
+    for feed in data.feeds():
+        outputs = runtime.run(runner, feed)
+        expected.append((outputs, told.exact(feed, runtime.arrays(outputs))))
+    whole = told.model.clone()
     # Whatever a removal adds to the graph is there from the start: then only weights change from one to the next.
     masks = coupling.add_masks(whole, [site for site in coupled.sites if site.weight < 0])
     for factor in measured.values():
@@ -176,7 +184,9 @@ def sensitivity(
         part = frontier.part(trial, [value.name or "" for value in trial.graph.outputs if value in behind])
         runner = runtime.load(part, threads=ctx.threads)
         got = (runtime.run(runner, feed) for feed in frontier.feeds())
-        errors[k] = np.mean([output_error(e, {**e, **some}) for e, some in zip(expected, got, strict=True)])
+        pairs = zip(expected, got, strict=True)
+        found = [exact.gaps(runtime.arrays({**outputs, **some})) for (outputs, exact), some in pairs]
+        errors[k] = min(share(found), LOST)
     return errors.tolist()
 
 
@@ -195,15 +205,19 @@ def _places(
     return lambda gone: min((k for site, k in earliest.items() if gone(site.labels).any()), default=0)
 
 
-def output_error(expected: Mapping[str, object], got: Mapping[str, object]) -> float:
-    """Mean over the float outputs of the squared error relative to the squared output."""
-    errors = []
-    for name, want in expected.items():
-        have = got[name]
-        if isinstance(want, np.ndarray) and isinstance(have, np.ndarray) and want.dtype.kind == "f" and want.size:
-            energy = float(np.sum(np.square(want, dtype=np.float64)))
-            errors.append(float(np.sum(np.square(want - have, dtype=np.float64))) / max(energy, 1e-30))
-    return float(np.mean(errors)) if errors else 0.0
+def noise(original: ir.Model, candidates: Sequence[ir.Model], data: Data, ctx: Context) -> list[float]:
+    """The noise of the outputs of each candidate (`onnxslim.noise`), and a standard error more.
+
+    So that it holds on other samples of the kind, too, where there are few to judge by.
+    """
+    told = Told(original, ctx.threads)
+    first, *others = (runtime.load(told.of(m), threads=ctx.threads) for m in (original, *candidates))
+    found: list[list[list[Gap | None]]] = [[] for _ in others]
+    for feed in data.feeds():
+        exact = told.exact(feed, runtime.arrays(runtime.run(first, feed)))
+        for runner, gaps in zip(others, found, strict=True):
+            gaps.append(exact.gaps(runtime.arrays(runtime.run(runner, feed))))
+    return [share(gaps, DOUBT) for gaps in found]
 
 
 def compensate(model: ir.Model, factor: Factor, removed: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim import coupling, kernel_steps, runtime
+from onnxslim import coupling, kernel_steps
 from onnxslim.channels import Labels
 from onnxslim.contract import CAREFUL, Context, Effect, Outcome, Pass, Skip
 from onnxslim.coupling import Coupling, Family, Site
@@ -48,10 +48,11 @@ class Prune(Pass):
     by least squares, in the order of the graph, to give the outputs of the original model again. No labels, no
     gradients.
 
-    Without ``ratio`` only what is nearly free leaves: the relative squared error of the model's outputs, measured on
-    calibration samples that the fit has not seen, stays below ``tolerance``, its standard error included. Layer
-    normalization axes, model inputs and outputs, whatever passes an operator without a rule, and branches that the data
-    does not take stay as they are; the report names them.
+    Without ``ratio`` only what is nearly free leaves: the squared error of the model's worst output over its variance,
+    measured on calibration samples that the fit has not seen, stays below ``tolerance``, its standard error included;
+    where one output holds numbers of several kinds, as the boxes and scores of a detector, each kind may lose four
+    times as much. Layer normalization axes, model inputs and outputs, whatever passes an operator without a rule, and
+    branches that the data does not take stay as they are; the report names them.
 
     A budget removes more. ``ratio`` is what leaves; ``params``, ``macs`` and ``latency`` are what may stay: a fraction
     of the input's up to 1, an absolute number above 1. Widths are chosen over the whole network so that the errors of
@@ -67,7 +68,7 @@ class Prune(Pass):
         params: parameters that may stay.
         macs: multiplications per sample that may stay.
         latency: time of one sample that may stay (above 1: milliseconds), on this machine.
-        tolerance: relative squared error of the outputs that is nearly free, when there is no budget.
+        tolerance: squared error of the worst output over its variance that is nearly free, when there is no budget.
         protect: regular expressions; families whose name or weights match stay whole.
         only: regular expressions; only families whose name or weights match may shrink.
         overrides: the fraction of their units that leaves the families whose name or weights match a regular
@@ -127,6 +128,11 @@ class Prune(Pass):
     def budgeted(self) -> bool:
         """True when the user has said how much must leave."""
         return bool(self.overrides) or any(getattr(self, name) is not None for name in (*BUDGETS, "plan"))
+
+    @property
+    def allowed(self) -> float | None:
+        """What is nearly free; None where the user has said how much must leave, or nothing may be lost."""
+        return None if self.budgeted or self.lossless else self.tolerance
 
     def careful(self, outcome: Outcome) -> Prune | None:
         """With a lower tolerance; None where the user has said how much must leave, or nothing may be lost."""
@@ -386,7 +392,7 @@ class Prune(Pass):
                 refitted = closed.clone()
                 count = refit(model, refitted, moved, lambda item: gone(item.site.labels), fit, held_out, ctx)
                 trials.append((refitted, count, "refitted"))
-        errors = _errors(model, [trial for trial, _, _ in trials], held_out, ctx)
+        errors = measure.noise(model, [trial for trial, _, _ in trials], held_out, ctx)
         outcome.stats.update({f"error_{name}": error for (_, _, name), error in zip(trials, errors, strict=True)})
         least = min(range(len(trials)), key=lambda k: (not np.isfinite(errors[k]), errors[k]))
         best, changed, _ = trials[least]
@@ -439,20 +445,6 @@ def _copy_weights(source: ir.Model, coupled: Coupling) -> None:
         target.graph.register_initializer(value)
         own_node.replace_input_with(2, value)
         coupled.labels[value] = [coupled.labels[own_node.outputs[0]][1]]  # it shrinks like the output
-
-
-def _errors(original: ir.Model, candidates: Sequence[ir.Model], data: Data, ctx: Context) -> list[float]:
-    """Relative squared error of the outputs of each candidate: the mean over samples, and a standard error more.
-
-    So that it holds on other samples of the kind, too, where there are few to judge by.
-    """
-    first, *others = (runtime.load(m, threads=ctx.threads) for m in (original, *candidates))
-    errors = []
-    for feed in data.feeds():
-        want = runtime.run(first, feed)
-        errors.append([measure.output_error(want, runtime.run(runner, feed)) for runner in others])
-    doubt = np.std(errors, axis=0, ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else 0.0
-    return list((np.mean(errors, axis=0) + doubt).tolist())
 
 
 def _whole(skipped: Sequence[Skip]) -> str:

@@ -16,6 +16,7 @@ from onnxslim import model as model_io
 from onnxslim.contract import Context
 from onnxslim.cost import parameters
 from onnxslim.errors import UsageError
+from onnxslim.noise import noise
 from onnxslim.passes.prune import Prune, measure
 
 MODELS = Path(__file__).parents[3] / "models"
@@ -144,7 +145,7 @@ def test_the_error_that_is_told_is_that_of_other_samples(count: int) -> None:
         told.append(min(v for name, v in outcome.stats.items() if name.startswith("error_")))
         runners = [runtime.load(m, threads=1) for m in (model_io.load(model), loaded)]
         want, got = ([runtime.run(r, {"x": row[None]}) for row in x[count:]] for r in runners)
-        true.append(np.mean([measure.output_error(a, b) for a, b in zip(want, got, strict=True)]))
+        true.append(noise([(runtime.arrays(a), runtime.arrays(b)) for a, b in zip(want, got, strict=True)]))
     assert 0.5 < np.sum(told) / np.sum(true) < 2
 
 
@@ -156,11 +157,11 @@ def test_enough_samples_judge(monkeypatch: pytest.MonkeyPatch, count: int, judge
     data = data_io.open_data({"x": x}, data_io.input_specs(model))
     seen: list[int] = []
 
-    def errors(_: object, trials: list[object], held_out: data_io.Data, __: Context) -> list[float]:
+    def none(_: object, trials: list[object], held_out: data_io.Data, __: Context) -> list[float]:
         seen.append(len(held_out))
         return [0.0] * len(trials)
 
-    monkeypatch.setattr("onnxslim.passes.prune.prune._errors", errors)
+    monkeypatch.setattr(measure, "noise", none)
     Prune(ratio=0.3).apply(model, Context(data, threads=1))
     assert seen == [judges]
 
