@@ -11,7 +11,21 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxslim import collector, cost, doctor, guard, integer, judging, metrics, pipeline, repro, runtime, timing, verify
+from onnxslim import (
+    collector,
+    cost,
+    doctor,
+    guard,
+    integer,
+    judging,
+    metrics,
+    pipeline,
+    repro,
+    results,
+    runtime,
+    timing,
+    verify,
+)
 from onnxslim import custom_ops as libraries
 from onnxslim import details as extras
 from onnxslim import model as model_io
@@ -404,8 +418,14 @@ class _Run:
         limits = [item.allowed for item in lossy]
         if not self.samples.unseen or not limits or None in limits:
             return []
+        telling = results.telling(self.original)
+        relative = [
+            found.relative_l2
+            for found in measured.outputs
+            if not found.blind and any(found.output == name or found.output.startswith(f"{name}[") for name in telling)
+        ]
         # Of the squares, not of the variance, which can only be less: no false alarm.
-        allowed, lost = sum(limit for limit in limits if limit is not None), measured.relative_l2**2
+        allowed, lost = sum(limit for limit in limits if limit is not None), max(relative, default=0.0) ** 2
         if not lost > _SURPRISE * allowed:
             return []
         return [

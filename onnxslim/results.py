@@ -33,6 +33,12 @@ _MOVES = ("Concat", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "U
 Split = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 
+def telling(model: ir.Model) -> set[str]:
+    """The outputs of ``model`` that tell what a change does to it: not labels, nor what a choice puts in its place."""
+    parts, whole = _told(model)
+    return {output.name or "" for output in model.graph.outputs}.intersection([*parts, *whole])
+
+
 class Told:
     """What tells what a change does to ``model``: its outputs, or what they are chosen by.
 

@@ -221,6 +221,17 @@ def test_samples_that_lose_more_than_was_allowed_are_named(
     assert not any("samples that no pass has seen" in line for line in result.report.warnings)
 
 
+def test_nothing_is_said_of_samples_whose_outputs_are_choices(tiny: Path, samples: Maker) -> None:
+    model = onnx.load(tiny)
+    scores = model.graph.output[0]
+    model.graph.node.append(onnx.helper.make_node("ArgMax", [scores.name], ["label"], axis=1))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("label", onnx.TensorProto.INT64, None))
+    for told in (True, False):
+        result = _optimize(model, "scale(by=0.5,fidelity=0.99)", calibration=samples(8))
+        assert any("samples that no pass has seen lose" in line for line in result.report.warnings) == told
+        del model.graph.output[0]
+
+
 def test_calibration_keeps_all_samples_when_others_judge(tiny: Path, samples: Maker) -> None:
     result = _optimize(tiny, "scale", calibration=samples(8), evaluation=samples(5))
     assert result.report.passes[1]["stats"]["samples"] == 8

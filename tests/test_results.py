@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.noise import Gap, gaps
-from onnxslim.results import KIND, Kinds, Told
+from onnxslim.results import KIND, Kinds, Told, telling
 
 sys.path.insert(0, str(Path(__file__).parent))
 from nets import net, node, normal
@@ -138,6 +138,7 @@ def test_choices_are_judged_by_what_they_are_made_by(behind: list[onnx.NodeProto
     names = [output.name for output in seen.graph.outputs]
     assert sorted(names) == sorted(told.split())
     assert (seen is model) == (told == outputs)
+    assert telling(model) == set(told.split()) & set(outputs.split())
     feed = {"x": normal(2, 6)}
     whole = runtime.run(runtime.load(model, threads=1), feed)
     other = runtime.run(runtime.load(seen, threads=1), feed)
