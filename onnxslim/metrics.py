@@ -2,8 +2,8 @@
 
 A metric is a function ``(outputs, sample) -> float``, higher is better, averaged over the samples. ``top1`` and
 ``top5`` read the array ``labels`` of the sample: class ids, one per row of the output, or rows of several right ids
-padded with -1. ``cosine`` and ``psnr`` compare every output with the array of that name in the sample, or, without one,
-with the output of the original model.
+padded with -1; ``top1`` also takes an output that is a class id itself. ``cosine`` and ``psnr`` compare every output
+with the array of that name in the sample, or, without one, with the output of the original model.
 """
 
 from __future__ import annotations
@@ -95,26 +95,32 @@ def _top(k: int) -> Callable[[Outputs, Sample, Outputs], float]:
             raise DataError(f"metric top{k}: the evaluation data has no array 'labels'")
         labels = np.asarray(sample["labels"])
         labels = labels.reshape(len(labels), -1) if labels.ndim else labels.reshape(1, 1)
-        name, scores = _scores(outputs, len(labels), k)
-        if labels.max() >= scores.shape[1]:
-            raise DataError(
-                f"metric top{k}: label {labels.max()} with {scores.shape[1]} classes in the output {name!r}"
-            )
-        # NaN would win an argmax: a row with one is a miss.
-        best = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=1, kind="stable")[:, :k]
+        best = _best(outputs, len(labels), k, int(labels.max()))
         hits = (best[:, :, None] == labels[:, None, :]) & (labels[:, None, :] >= 0)
-        return float(np.mean(hits.any(axis=(1, 2)) & ~np.isnan(scores).any(axis=1)))
+        return float(np.mean(hits.any(axis=(1, 2))))
 
     return accuracy
 
 
-def _scores(outputs: Outputs, rows: int, k: int) -> tuple[str, np.ndarray]:
-    """The first output with one row of class scores per label, as (rows, classes)."""
-    for name, value in outputs.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fV" and value.ndim >= 2 and len(value) == rows:
+def _best(outputs: Outputs, rows: int, k: int, highest: int) -> np.ndarray:
+    """The ``k`` likeliest classes of each row, (rows, k), -1 where there is none.
+
+    By the first output with one row of class scores per label, up to class ``highest``, or, for one class and without
+    such an output, the first with one integer for each.
+    """
+    arrays = {name: value for name, value in outputs.items() if isinstance(value, np.ndarray)}
+    for name, value in arrays.items():
+        if value.dtype.kind in "fV" and value.ndim >= 2 and len(value) == rows and value.size > rows:
             scores = value.reshape(rows, -1).astype(np.float64)
-            if scores.shape[1] > 1:
-                return name, scores
+            if highest >= scores.shape[1]:
+                raise DataError(f"metric top{k}: label {highest} with {scores.shape[1]} classes in the output {name!r}")
+            # NaN would win an argmax: a row with one is a miss.
+            best = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=1, kind="stable")[:, :k]
+            best[np.isnan(scores).any(axis=1)] = -1
+            return best
+    for value in arrays.values() if k == 1 else ():
+        if value.dtype.kind in "iu" and value.size == rows:
+            return value.reshape(rows, 1).astype(np.int64)
     shapes = {name: list(np.shape(value)) for name, value in outputs.items()}
     raise DataError(f"metric top{k}: no output holds one row of class scores for each of {rows} labels: {shapes}")
 

@@ -30,6 +30,17 @@ def test_several_right_classes_are_padded_with_minus_one() -> None:
     assert _top1(SCORES, [[0, 1], [2, -1], [-1, -1]]) == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_top1_takes_labels_where_there_are_no_scores(shape: tuple[int, ...]) -> None:
+    ids = np.array([1, 0, 1], np.int64).reshape(shape)
+    outputs = {"features": np.ones((1, 4), np.float32), "label": ids}
+    sample = {"labels": np.array([1, 0, 2])}
+    assert metrics.find("top1")(outputs, sample, {}) == pytest.approx(2 / 3)
+    assert metrics.find("top1")(outputs | {"y": np.asarray(SCORES)}, sample, {}) == 1
+    with pytest.raises(DataError, match="top5: no output holds"):
+        metrics.find("top5")(outputs, sample, {})
+
+
 def test_top5_contains_top1() -> None:
     rng = np.random.default_rng(0)
     scores, labels = rng.random((50, 20)), rng.integers(0, 20, 50)
