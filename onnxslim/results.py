@@ -73,10 +73,15 @@ class Told:
 
 def _told(model: ir.Model) -> tuple[list[str], list[str]]:
     """The values that tell what a change does: those of which several tell of one output, and the others."""
+    layered: set[ir.Value] = set()  # what depends on layers: a choice by anything else stays what it is
     chosen: set[ir.Value] = set()
     for node in model.graph:
-        if _has(node, _CHOOSES) or not chosen.isdisjoint(v for v in _reads(node) if v is not None):
+        reads = _reads(node)
+        behind = not layered.isdisjoint(reads)
+        if not chosen.isdisjoint(reads) or (behind and _has(node, _CHOOSES)):
             chosen.update(node.outputs)
+        if behind or _has(node, _LAYERS):
+            layered.update(node.outputs)
     parts: dict[str, None] = {}
     whole: dict[str, None] = {}
     for output in model.graph.outputs:
@@ -105,12 +110,12 @@ def _in_front(output: ir.Value, wanted: Callable[[ir.Value], bool]) -> tuple[lis
             continue
         crossed.append(node)
         if not is_op(node, "Shape", "Size"):  # these tell nothing of the numbers
-            stack.extend(v for v in reversed(_reads(node)) if v is not None)
+            stack.extend(reversed(_reads(node)))
     return found, crossed
 
 
-def _reads(node: ir.Node) -> list[ir.Value | None]:
-    return [*node.inputs, *captured(node)]
+def _reads(node: ir.Node) -> list[ir.Value]:
+    return [v for v in (*node.inputs, *captured(node)) if v is not None]
 
 
 def _has(node: ir.Node, operators: Sequence[str]) -> bool:

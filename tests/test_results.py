@@ -130,6 +130,7 @@ WEIGHTS = {
         ([node("Relu", "r", "z"), node("Shape", "r", "y")], "z y", "z y"),
         ([_branch()], "y", "r"),
         ([node("Identity", "x", "y")], "y", "y"),
+        ([node("ArgMax", "x", "place", axis=1), node("GatherElements", "r place", "y", axis=1)], "y", "y"),
     ],
 )
 def test_choices_are_judged_by_what_they_are_made_by(behind: list[onnx.NodeProto], outputs: str, told: str) -> None:
