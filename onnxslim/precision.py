@@ -2,8 +2,8 @@
 
 Which tensors of a node may change type is read off the operator's schema: inputs and outputs that share a type variable
 change together, and only if the variable allows the type. A node stays in float32 where the execution provider has no
-kernel for it (one node of its kind is loaded to find out), where a number it reads or writes does not fit into the
-type, and where it has subgraphs or an output whose type an attribute decides. Casts stand where the two worlds meet.
+kernel for it (one node of its kind is run to find out), where a number it reads or writes does not fit into the type,
+and where it has subgraphs or an output whose type an attribute decides. Casts stand where the two worlds meet.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ FLOAT = ir.DataType.FLOAT
 LIMITS = {ir.DataType.FLOAT16: (65504.0, 6.0e-8), ir.DataType.BFLOAT16: (3.38e38, 1e-38)}
 # A sample is not the worst case: values up to this share of the largest number are taken to fit.
 HEADROOM = 0.25
+# Elements that the inputs of a node may have, all together, for it to be run to find out whether it has a kernel.
+LARGEST_TRIAL = 1e7
 # Weights of float32 nodes are worth a Cast from this many elements on.
 WORTH = 256
 
@@ -353,7 +355,7 @@ def _convert_output(graph: ir.Graph, index: int, kind: ir.DataType) -> None:
 
 
 def kernels(model: ir.Model, kind: ir.DataType, ep: str) -> Callable[[ir.Node, _Types], bool]:
-    """Whether ``ep`` loads a single node with its tensors in ``kind``; each sort of node is tried once."""
+    """Whether ``ep`` runs a single node with its tensors in ``kind``; each sort of node is tried once."""
     version = g.opset(model)
     seen: dict[str, bool] = {}
 
@@ -361,13 +363,54 @@ def kernels(model: ir.Model, kind: ir.DataType, ep: str) -> Callable[[ir.Node, _
         key = repr((node.domain, node.op_type, types, sorted((k, str(a.value)) for k, a in node.attributes.items())))
         key += repr([None if v is None else (str(v.dtype), g.known_shape(v)) for v in node.inputs])
         if key not in seen:
-            seen[key] = _loads(node, types, kind, version, ep)
+            seen[key] = _runs(node, types, kind, version, ep)
         return seen[key]
 
     return probe
 
 
-def _loads(node: ir.Node, types: _Types, kind: ir.DataType, version: int, ep: str) -> bool:
+def _runs(node: ir.Node, types: _Types, kind: ir.DataType, version: int, ep: str) -> bool:
+    """True when a model of ``node`` alone loads in ``kind``, and runs on made-up inputs where it does in float32.
+
+    Kernels that are registered for a type may still refuse it when they run.
+    """
+    ep = ep if runtime.available(ep) else "cpu"
+    trial = _alone(node, types, kind, version)
+    feed = _made_up(trial, node)
+    try:
+        runner = runtime.load(trial, ep=ep, threads=1)
+    except ModelError:
+        return False
+    if feed is None:
+        return True
+    try:
+        runner(feed)
+    except ModelError:
+        return not _works(_alone(node, types, FLOAT, version), feed, ep)
+    return True
+
+
+def _works(model: ir.Model, feed: Mapping[str, np.ndarray], ep: str) -> bool:
+    try:
+        runtime.load(model, ep=ep, threads=1)(feed)
+    except ModelError:
+        return False
+    return True
+
+
+def _made_up(model: ir.Model, node: ir.Node) -> dict[str, np.ndarray] | None:
+    """Zeros for the inputs of ``model``, in which sizes that are not known are 1; None where that is no fair try."""
+    feed: dict[str, np.ndarray] = {}
+    for value in model.graph.inputs:
+        if value.dtype is None or value.shape is None or node.domain not in ("", "ai.onnx"):
+            return None
+        kind = np.dtype(np.float32) if value.dtype.is_floating_point() else value.dtype.numpy()
+        feed[value.name or ""] = np.zeros([size if isinstance(size, int) else 1 for size in value.shape], kind)
+    return feed if sum(array.size for array in feed.values()) <= LARGEST_TRIAL else None
+
+
+def _alone(node: ir.Node, types: _Types, kind: ir.DataType, version: int) -> ir.Model:
+    """A model of ``node`` alone, with the tensors of ``types`` in ``kind``."""
     inputs: list[ir.Value | None] = []
     given: list[ir.Value] = []
     constants: list[ir.Value] = []
@@ -396,11 +439,7 @@ def _loads(node: ir.Node, types: _Types, kind: ir.DataType, version: int, ep: st
     if g.is_op(node, "Cast") and types.outputs:
         g.set_attribute(copy, "to", int(kind))
     graph = ir.Graph(given, outputs, nodes=[copy], initializers=constants, opset_imports={"": version}, name="probe")
-    try:
-        runtime.load(ir.Model(graph, ir_version=10), ep=ep if runtime.available(ep) else "cpu", threads=1)
-    except ModelError:
-        return False
-    return True
+    return ir.Model(graph, ir_version=10)
 
 
 def lower(

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper
 
 import onnxslim
-from onnxslim import data, runtime
+from onnxslim import data, inference, runtime
 from onnxslim import model as model_io
 from onnxslim.contract import Context, Outcome
 from onnxslim.errors import UsageError
@@ -185,6 +185,29 @@ def test_bf16_is_stored_and_computed_in_float32_without_kernels() -> None:
         assert [n.op_type for n in runtime.optimized(small).graph] == ["MatMul", "Transpose"]
     assert model_io.weight_bytes(small) == model_io.weight_bytes(model) / 2
     assert 0 < gap(model, small, feed) < 2e-2
+
+
+def test_a_kernel_that_refuses_the_type_when_it_runs_is_none() -> None:
+    model = build(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["m"]),
+            helper.make_node("ScatterElements", ["zeros", "rows", "m"], ["s"], axis=0, reduction="add"),
+            helper.make_node("MatMul", ["s", "w"], ["y"]),
+        ],
+        {
+            "w": square(),
+            "zeros": np.zeros((3, 8), np.float32),
+            "rows": np.repeat(np.array([[0], [2], [2], [1], [0]]), 8, axis=1),
+        },
+    )
+    model_io.forget_shapes(model)
+    model.graph.inputs[0].shape = ir.Shape([5, 8])
+    inference.run(model)
+    feed = {"x": RNG.standard_normal((5, 8)).astype(np.float32)}
+    half, outcome = apply(model, Fp16(), [feed])
+    assert types(half)["MatMul"] == HALF
+    assert any("kernel for ScatterElements" in s.reason for s in outcome.skipped)
+    assert gap(model, half, feed) < 5e-3
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
