@@ -399,13 +399,15 @@ def _works(model: ir.Model, feed: Mapping[str, np.ndarray], ep: str) -> bool:
 
 
 def _made_up(model: ir.Model, node: ir.Node) -> dict[str, np.ndarray] | None:
-    """Zeros for the inputs of ``model``, in which sizes that are not known are 1; None where that is no fair try."""
+    """Zeros for the inputs of ``model``, sizes that are not known being 1; None where that is no fair try."""
     feed: dict[str, np.ndarray] = {}
     for value in model.graph.inputs:
         if value.dtype is None or value.shape is None or node.domain not in ("", "ai.onnx"):
             return None
         kind = np.dtype(np.float32) if value.dtype.is_floating_point() else value.dtype.numpy()
-        feed[value.name or ""] = np.zeros([size if isinstance(size, int) else 1 for size in value.shape], kind)
+        # Exporters write unknown sizes as -1, too.
+        sizes = [size if isinstance(size, int) and size >= 0 else 1 for size in value.shape]
+        feed[value.name or ""] = np.zeros(sizes, kind)
     return feed if sum(array.size for array in feed.values()) <= LARGEST_TRIAL else None
 
 

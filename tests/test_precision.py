@@ -187,6 +187,17 @@ def test_bf16_is_stored_and_computed_in_float32_without_kernels() -> None:
     assert 0 < gap(model, small, feed) < 2e-2
 
 
+def test_unknown_sizes_may_be_negative() -> None:
+    model = build(
+        [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Relu", ["m"], ["y"])], {"w": square()}
+    )
+    model_io.forget_shapes(model)
+    model.graph.inputs[0].shape = ir.Shape([-1, 8])
+    next(node for node in model.graph).outputs[0].shape = ir.Shape([-1, 8])
+    half, _ = apply(model, Fp16(), [{"x": RNG.standard_normal((5, 8)).astype(np.float32)}])
+    assert types(half)["MatMul"] == HALF
+
+
 def test_a_kernel_that_refuses_the_type_when_it_runs_is_none() -> None:
     model = build(
         [
