@@ -191,9 +191,8 @@ def test_unknown_sizes_may_be_negative() -> None:
     model = build(
         [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Relu", ["m"], ["y"])], {"w": square()}
     )
-    model_io.forget_shapes(model)
-    model.graph.inputs[0].shape = ir.Shape([-1, 8])
-    next(node for node in model.graph).outputs[0].shape = ir.Shape([-1, 8])
+    for value in (model.graph.inputs[0], *(node.outputs[0] for node in model.graph)):
+        value.shape = ir.Shape([-1, 8])
     half, _ = apply(model, Fp16(), [{"x": RNG.standard_normal((5, 8)).astype(np.float32)}])
     assert types(half)["MatMul"] == HALF
 
