@@ -11,21 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxslim import (
-    collector,
-    cost,
-    doctor,
-    guard,
-    integer,
-    judging,
-    metrics,
-    pipeline,
-    repro,
-    results,
-    runtime,
-    timing,
-    verify,
-)
+from onnxslim import collector, cost, doctor, guard, integer, judging, metrics, pipeline, repro, runtime, timing, verify
 from onnxslim import custom_ops as libraries
 from onnxslim import details as extras
 from onnxslim import model as model_io
@@ -34,6 +20,7 @@ from onnxslim.contract import Context, Effect, Missed, NoProgress, Pass, Progres
 from onnxslim.data import Data, Sample, Source
 from onnxslim.errors import CheckError, DataError, ModelError, UsageError
 from onnxslim.report import Report, plain
+from onnxslim.results import telling
 
 # Nobody who asked for nothing should find another operator set in the result.
 DEFAULT_PASSES = "simplify,fold,fuse(opset=0)"
@@ -418,11 +405,11 @@ class _Run:
         limits = [item.allowed for item in lossy]
         if not self.samples.unseen or not limits or None in limits:
             return []
-        telling = results.telling(self.original)
+        names = telling(self.original)
         relative = [
             found.relative_l2
             for found in measured.outputs
-            if not found.blind and any(found.output == name or found.output.startswith(f"{name}[") for name in telling)
+            if not found.blind and any(found.output == name or found.output.startswith(f"{name}[") for name in names)
         ]
         # Of the squares, not of the variance, which can only be less: no false alarm.
         allowed, lost = sum(limit for limit in limits if limit is not None), max(relative, default=0.0) ** 2

@@ -377,22 +377,18 @@ def _runs(node: ir.Node, types: _Types, kind: ir.DataType, version: int, ep: str
     ep = ep if runtime.available(ep) else "cpu"
     trial = _alone(node, types, kind, version)
     feed = _made_up(trial, node)
-    try:
-        runner = runtime.load(trial, ep=ep, threads=1)
-    except ModelError:
-        return False
-    if feed is None:
+    if _works(trial, feed, ep):
         return True
-    try:
-        runner(feed)
-    except ModelError:
-        return not _works(_alone(node, types, FLOAT, version), feed, ep)
-    return True
+    fair = feed is not None and _works(_alone(node, types, FLOAT, version), feed, ep)
+    return feed is not None and not fair and _works(trial, None, ep)
 
 
-def _works(model: ir.Model, feed: Mapping[str, np.ndarray], ep: str) -> bool:
+def _works(model: ir.Model, feed: Mapping[str, np.ndarray] | None, ep: str) -> bool:
+    """True when ``model`` loads, and runs where there is a ``feed``."""
     try:
-        runtime.load(model, ep=ep, threads=1)(feed)
+        runner = runtime.load(model, ep=ep, threads=1)
+        if feed is not None:
+            runner(feed)
     except ModelError:
         return False
     return True

@@ -10,13 +10,14 @@ numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxslim import runtime
-from onnxslim.graph import add_node, captured, is_constant, is_op, opset, subgraphs
+from onnxslim import runtime, stages
+from onnxslim.graph import add_node, is_constant, is_op, opset, subgraphs
 from onnxslim.noise import Gap, gaps
 
 # Times the noise of an output that one kind of the numbers in it may have. Scores of a detector are nearly all the same
@@ -54,7 +55,11 @@ class Told:
         self._names = [*parts, *whole]
         self._parts = len(parts)
         self.model = self.of(model)
-        self._kinds = Kinds(self.model, threads)
+        self._threads = threads
+
+    @functools.cached_property
+    def _kinds(self) -> Kinds:
+        return Kinds(self.model, self._threads)
 
     def of(self, model: ir.Model) -> ir.Model:
         """``model``, which has values of these names, with them for outputs; itself where it has them."""
@@ -76,7 +81,7 @@ def _told(model: ir.Model) -> tuple[list[str], list[str]]:
     layered: set[ir.Value] = set()  # what depends on layers: a choice by anything else stays what it is
     chosen: set[ir.Value] = set()
     for node in model.graph:
-        reads = _reads(node)
+        reads = set(stages.reads(node))
         behind = not layered.isdisjoint(reads)
         if not chosen.isdisjoint(reads) or (behind and _has(node, _CHOOSES)):
             chosen.update(node.outputs)
@@ -102,7 +107,7 @@ def _in_front(output: ir.Value, wanted: Callable[[ir.Value], bool]) -> tuple[lis
     while stack:
         value = stack.pop()
         node = value.producer()
-        if value in seen or node is None or node.graph is not output.graph:
+        if value in seen or node is None:
             continue
         seen[value] = None
         if wanted(value):
@@ -110,12 +115,8 @@ def _in_front(output: ir.Value, wanted: Callable[[ir.Value], bool]) -> tuple[lis
             continue
         crossed.append(node)
         if not is_op(node, "Shape", "Size"):  # these tell nothing of the numbers
-            stack.extend(reversed(_reads(node)))
+            stack.extend(reversed(list(stages.reads(node))))
     return found, crossed
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    return [v for v in (*node.inputs, *captured(node)) if v is not None]
 
 
 def _has(node: ir.Node, operators: Sequence[str]) -> bool:
