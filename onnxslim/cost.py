@@ -28,6 +28,8 @@ from onnxslim.shapes import Shapes as Facts
 
 Shape = tuple[int, ...]
 
+ELEMENT = 32  # MACs of a product that take as long as giving one number elsewhere, which memory takes longer for
+
 
 @dataclasses.dataclass(frozen=True)
 class NodeCost:
@@ -61,6 +63,12 @@ class Cost:
     table: tuple[NodeCost, ...]
     unknown: tuple[str, ...] = ()
     activations: int | None = None
+
+    @property
+    def work(self) -> float:
+        """What a run takes, as MACs: those of products, and `ELEMENT` for each number that a node computes."""
+        made = (row.output for row in self.table if row.op_type != "Constant" and row.output is not None)
+        return self.macs + ELEMENT * sum(map(math.prod, made))
 
     def by_op(self) -> dict[str, tuple[int, int, int]]:
         """(count, parameters, MACs) per operator, dearest first."""
@@ -161,7 +169,7 @@ class _Shapes:
         # ONNX's own inference knows the bodies of Scan and Loop; it goes on from what is known.
         for value in (v for node in draft.graph.all_nodes() for v in node.outputs):
             known = self._facts.static(value)
-            if known is not None:
+            if known is not None and value.type is not None:  # a shape is part of a type in the file
                 value.shape = ir.Shape(known)
         inference.run(draft)
         main = {v.name for node in draft.graph for v in node.outputs}

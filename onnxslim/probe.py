@@ -1,8 +1,8 @@
 """What storing tensors in 8 bits would do to a model, measured by running it.
 
-`Local` adds, beside every product of the float model, the same product of the stored input and the stored weight, and
-sums up the difference: one session gives the error of every product for any choice of ranges, because scales and zero
-points are inputs of the session. Upstream products stay exact, so errors do not mix.
+`Local` adds, beside every product of the float model, the same product of the stored input and the stored weight, once
+for each range that is tried, and sums up the differences: one pass gives the errors of every product. Upstream products
+stay exact, so errors do not mix. Scales and zero points are inputs of the session: then it leaves pairs as they are.
 
 `Switched` is the whole model with every stored tensor behind a switch that is an input of the session: any choice of
 units can be simulated without building a model for it. A switch is an If: only what is chosen is computed, and the
@@ -28,80 +28,104 @@ Feeds = dict[str, np.ndarray]
 
 
 class Local:
-    """The error that each product makes by itself.
+    """The error that each product makes by itself, with each of several ranges of what it reads.
 
     Args:
         model: a float model; it is not changed.
         products: names of the units to measure.
         weights: stored weights of these units.
+        options: for each tensor that is stored, the parameters to try, by name.
         profile: how activations are stored.
     """
 
     def __init__(
-        self, model: ir.Model, products: Sequence[str], weights: Weights, threads: int, profile: Profile = CPU
+        self,
+        model: ir.Model,
+        products: Sequence[str],
+        weights: Weights,
+        options: Mapping[str, Mapping[str, QParams]],
+        threads: int,
+        profile: Profile = CPU,
     ) -> None:
         clone = model.clone()
         self.version = g.opset(model)
         units = profile.units(find_units(clone)[0])
-        self.owner = sources(units.values())
-        self.products = list(products)
-        self.inputs: dict[str, str] = {}
-        for name in self.products:
-            self.inputs[name] = self.owner.get(units[name].inputs[0], units[name].inputs[0])
+        owner = sources(units.values())
+        self.inputs = {n: owner.get(units[n].inputs[0], units[n].inputs[0]) for n in products}
+        self.owners = list(dict.fromkeys(self.inputs.values()))
+        # Several ranges may be the same: each is computed once.
+        self._place = {o: _places(options[o]) for o in self.owners}
+        self._params: Feeds = {}
+        inputs: dict[str, list[tuple[ir.Value, ir.Value]]] = {}
+        for o in self.owners:
+            inputs[o] = []
+            for k, method in {k: method for method, k in self._place[o].items()}.items():
+                scale, zero_point = _params_inputs(clone.graph, f"{k}:{o}", profile.dtype)
+                self._params[scale.name or ""] = options[o][method].scale
+                self._params[zero_point.name or ""] = options[o][method].zero_point
+                inputs[o].append((scale, zero_point))
         clone.graph.outputs.clear()
-        results: list[ir.Value] = []
-        added: dict[str, tuple[ir.Value, ir.Value]] = {}
         numbers = _Numbers(clone.graph)
-        for name in self.products:
-            owner = self.inputs[name]
-            if owner not in added:
-                added[owner] = _params_inputs(clone.graph, owner, profile.dtype)
-            results += self._branch(clone.graph, units[name], added[owner], numbers(name, weights[name]))
-        self.owners = list(added)
-        self.names = _give(clone, results)
+        self._results: dict[str, list[str]] = {}
+        results: list[ir.Value] = []
+        for name in products:
+            stored = numbers(name, weights[name])
+            made = self._branches(clone.graph, units[name], inputs[self.inputs[name]], stored)
+            self._results[name] = [v.name or "" for v in made]
+            results += made
+        self._names = _give(clone, results)
         g.remove_dead(clone.graph)
         self.runner = _load(clone, threads)
 
-    def _branch(
-        self, graph: ir.Graph, unit: Unit, params: tuple[ir.Value, ir.Value], weight: ir.Value
+    def _branches(
+        self, graph: ir.Graph, unit: Unit, params: Sequence[tuple[ir.Value, ir.Value]], weight: ir.Value
     ) -> list[ir.Value]:
+        """The squared norm of what ``unit`` gives, and for each of ``params`` squared error and mean error."""
         assert unit.weight is not None
         node, home = unit.node, unit.node.graph
-        inputs = list(node.inputs)
-        assert inputs[0] is not None and home is not None
-        inputs[0] = _round_trip(graph, node, inputs[0], params)
-        inputs[unit.weight[0]] = weight
-        copy = ir.node(node.op_type, inputs, outputs=[ir.Value(name=g.fresh_name(graph, f"{unit.name}_q"))])
-        copy.attributes.update(node.attributes)
-        home.insert_after(node, copy)
+        assert node.inputs[0] is not None and home is not None
         exact = node.outputs[0]
-        error = g.add_node(graph, "Sub", [copy.outputs[0], exact], after=copy, hint=unit.name)
         channels = (g.known_shape(weight) or ())[unit.weight[1]]
         form, axes = ([0, channels, -1], [0, 2]) if node.op_type == "Conv" else ([-1, channels], [0])
         shape = g.add_constant(graph, f"{unit.name}_form", np.array(form, np.int64))
-        rows = g.add_node(graph, "Reshape", [error.outputs[0], shape], after=error, hint=unit.name)
-        mean = _reduce(graph, "ReduceMean", rows.outputs[0], axes, self.version)
-        noise = _reduce(graph, "ReduceSumSquare", error.outputs[0], None, self.version)
-        signal = _reduce(graph, "ReduceSumSquare", exact, None, self.version)
-        results = [mean, noise, signal]
-        for kind, found in zip(("mean", "noise", "signal"), results, strict=True):
-            found.name = f"{kind}:{unit.name}"
+        results = [_reduce(graph, "ReduceSumSquare", exact, None, self.version)]
+        for pair in params:
+            inputs = list(node.inputs)
+            inputs[0] = _round_trip(graph, node, node.inputs[0], pair)
+            inputs[unit.weight[0]] = weight
+            copy = ir.node(node.op_type, inputs, outputs=[ir.Value(name=g.fresh_name(graph, f"{unit.name}_q"))])
+            copy.attributes.update(node.attributes)
+            home.insert_after(node, copy)
+            error = g.add_node(graph, "Sub", [copy.outputs[0], exact], after=copy, hint=unit.name)
+            rows = g.add_node(graph, "Reshape", [error.outputs[0], shape], after=error, hint=unit.name)
+            results.append(_reduce(graph, "ReduceSumSquare", error.outputs[0], None, self.version))
+            results.append(_reduce(graph, "ReduceMean", rows.outputs[0], axes, self.version))
+        for k, found in enumerate(results):
+            found.name = f"{k}:{unit.name}"
             found.dtype = ir.DataType.FLOAT
         return results
 
-    def __call__(self, feeds: Feeds, params: Mapping[str, QParams]) -> dict[str, tuple[float, float, np.ndarray]]:
-        """For each product: squared error, squared norm of the exact result, mean error per channel (channels,).
+    def __call__(self, feeds: Feeds) -> dict[str, dict[str, tuple[float, np.ndarray]]]:
+        """For each product and name of parameters: squared error over the squared result, mean error per channel.
 
         Products in branches that are not taken are not among them.
         """
-        chosen = {f"{kind}:{o}": v for o, p in params.items() for kind, v in (("s", p.scale), ("z", p.zero_point))}
-        outputs = runtime.run(self.runner, {**feeds, **chosen})
-        found = {name: outputs[given] for name, given in self.names.items()}
-        return {
-            n: (float(found[f"noise:{n}"]), float(found[f"signal:{n}"]), found[f"mean:{n}"])
-            for n in self.products
-            if found[f"noise:{n}"].size
-        }
+        outputs = runtime.run(self.runner, {**feeds, **self._params})
+        found = {}
+        for name, results in self._results.items():
+            signal, *rest = (outputs[self._names[r]] for r in results)
+            if signal.size:
+                size = max(float(signal), 1e-30)
+                told = [(float(e) / size, mean) for e, mean in zip(rest[::2], rest[1::2], strict=True)]
+                found[name] = {method: told[k] for method, k in self._place[self.inputs[name]].items()}
+        return found
+
+
+def _places(options: Mapping[str, QParams]) -> dict[str, int]:
+    """The position of each among those that differ."""
+    known: dict[tuple[bytes, bytes], int] = {}
+    keys = {name: (p.scale.tobytes(), p.zero_point.tobytes()) for name, p in options.items()}
+    return {name: known.setdefault(key, len(known)) for name, key in keys.items()}
 
 
 class Switched:

@@ -18,9 +18,10 @@ from onnxslim.results import Exact
 
 # Held-out samples that judge a choice, at most and at least.
 JUDGED, FEWEST = 24, 4
-# Multiply-accumulates that judging one choice, and ranking all layers, may take. Counted, and not timed, so that the
-# same model and data give the same choice on a busy machine and on an idle one.
-WORK_PER_TRIAL, WORK = 4e10, 3e11
+# Work (`onnxslim.cost`) that judging one choice, and ranking all layers, may take. Counted, and not timed, so that the
+# same model and data give the same choice on a busy machine and on an idle one. Ranking takes some runs whatever they
+# cost.
+WORK_PER_TRIAL, WORK, RUNS = 1e11, 1e12, 32
 # Single layers that do not fit in before the more harmful ones are not tried any more.
 MOST_REFUSED = 3
 
@@ -47,18 +48,18 @@ class Judge:
     """Noise of the outputs for any choice of what is changed: squared error over variance, over held-out samples.
 
     ``run`` gives the outputs for one sample with the chosen names changed; with none, what is exact: ``exact`` makes
-    of that what others are compared with. ``macs`` is what it takes: with a costly model fewer samples judge. No choice
+    of that what others are compared with. ``work`` is what it takes: with a costly model fewer samples judge. No choice
     with more noise than ``budget`` is wanted: once a few samples show that it has more, the others are not run.
     """
 
     def __init__(
-        self, run: Run, data: Data, macs: float, ctx: Context, budget: float, exact: Compare | None = None
+        self, run: Run, data: Data, work: float, ctx: Context, budget: float, exact: Compare | None = None
     ) -> None:
         self.run = run
         self.ctx = ctx
         self.budget = budget
-        self._macs = max(macs, 1.0)
-        judged = data.spread(int(np.clip(WORK_PER_TRIAL / self._macs, FEWEST, JUDGED)))
+        self._work = max(work, 1.0)
+        judged = data.spread(int(np.clip(WORK_PER_TRIAL / self._work, FEWEST, JUDGED)))
         exactly = exact or (lambda _, outputs: Exact(outputs))
         self._samples = [(feed, exactly(feed, self.run(feed, ()))) for feed in judged.feeds()]
         self._known: dict[frozenset[str], float] = {}
@@ -91,11 +92,30 @@ class Judge:
         self._samples = [self._samples[k] for k in order]
 
     def rank(self, names: Sequence[str]) -> dict[str, float]:
-        """Noise that each of ``names`` makes when it alone is changed; on as many samples as the work allows."""
-        count = int(np.clip(WORK / (self._macs * max(len(names), 1)), 1, len(self._samples)))
-        judges = self._samples[:count]
-        tracked = self.ctx.progress.track(names, total=len(names), label="sensitivity")
-        return {n: sum(share([self._gaps(sample, (n,))]) for sample in judges) / count for n in tracked}
+        """Noise that each of ``names`` makes when it alone is changed; on as many samples as the work allows.
+
+        Where it allows fewer runs than there are names, neighbours are changed together. The group with the most noise
+        is halved, again and again, and names that are left together share theirs evenly.
+        """
+        if not names:
+            return {}
+        runs = max(int(WORK / self._work), RUNS)
+        judges = self._samples[: max(runs // len(names), 1)]
+
+        def of(group: Sequence[str]) -> tuple[float, Sequence[str]]:
+            return sum(share([self._gaps(sample, group)]) for sample in judges) / len(judges), group
+
+        count = len(names) if runs >= len(names) else runs // 2
+        groups = [[names[k] for k in places] for places in np.array_split(np.arange(len(names)), count)]
+        found = [of(group) for group in self.ctx.progress.track(groups, total=count, label="sensitivity")]
+        for _ in range((runs - count) // 2):
+            together = [each for each in found if len(each[1]) > 1]
+            if not together:
+                break
+            noisiest = max(together, key=lambda each: each[0])
+            found.remove(noisiest)
+            found += map(of, _halves(noisiest[1]))
+        return {name: lost / len(group) for lost, group in found for name in group}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -354,12 +354,14 @@ def _call(runner: Runner, feeds: Sequence[Mapping[str, np.ndarray]]) -> Callable
 
 
 def profile(
-    model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], *, ep: str = "cpu", threads: int = 0, rounds: int = 8
-) -> dict[str, float]:
+    model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]], *, ep: str = "cpu", threads: int = 0, rounds: int = 8,
+    seconds: float = 4.0,
+) -> dict[str, float]:  # fmt: skip
     """Milliseconds that each node of the graph really executed takes, by the name ONNX Runtime gave it.
 
-    The median over ``rounds`` passes for each sample of ``feeds``, averaged over the samples. Names that the runtime
-    derives from ours are reduced to ours (see `original_name`), and times under the same name are added.
+    The median over ``rounds`` passes for each sample of ``feeds``, averaged over the samples; over fewer, two at least,
+    where they take more than ``seconds``. Names that the runtime derives from ours are reduced to ours (see
+    `original_name`), and times under the same name are added.
     """
     import json
     import tempfile
@@ -369,9 +371,12 @@ def profile(
         chosen.enable_profiling = True
         chosen.profile_file_prefix = str(Path(folder) / "profile")
         runner = load(model, ep=ep, chosen=chosen)
-        for sample in feeds:
-            for _ in range(rounds):
+        stop = time.perf_counter() + seconds
+        done = 0
+        while done < rounds and (done < 2 or time.perf_counter() < stop):
+            for sample in feeds:
                 runner(sample)
+            done += 1
         events = json.loads(Path(runner.session.end_profiling()).read_text())
     times: dict[str, list[float]] = {}
     for event in events:
@@ -380,7 +385,7 @@ def profile(
     totals: dict[str, float] = {}
     for name, found in times.items():
         # A node in a loop body runs several times per pass: what counts is its share of one pass.
-        per_pass = float(np.median(found)) * len(found) / (rounds * len(feeds))
+        per_pass = float(np.median(found)) * len(found) / (done * len(feeds))
         totals[original_name(name)] = totals.get(original_name(name), 0.0) + per_pass
     return totals
 

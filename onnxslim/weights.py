@@ -158,14 +158,14 @@ def borne(
         )
         return Borne(list(weights), [], None)
     owners = {weight.value.name or "": weight for weight in weights}
-    macs = cost.analyze(model, held_out.feed(held_out[0])).macs
+    work = cost.analyze(model, held_out.feed(held_out[0])).work
     budget = 1 - fidelity
     told = Told(model, ctx.threads)
-    judge = restoring.Judge(SwitchedWeights(told.model, changed, ctx.threads), held_out, macs, ctx, budget, told.exact)
+    judge = restoring.Judge(SwitchedWeights(told.model, changed, ctx.threads), held_out, work, ctx, budget, told.exact)
     judge.hardest_first(list(owners))
     found = restoring.keep(list(owners), budget, judge.noise, judge.rank, lambda name: float(owners[name].size))
     skipped = [
-        Skip(owners[name].name, f"changed, it alone takes {lost:.2%} of an output's variance")
+        Skip(owners[name].name, f"changed, it takes about {lost:.2%} of an output's variance")
         for name, lost in found.restored.items()
     ]
     return Borne([owners[name] for name in found.names], skipped, round(1 - found.noise, 5))

@@ -222,3 +222,33 @@ def test_the_demo_model(cnn: dict[str, str]) -> None:
     assert counted.bytes == model_io.weight_bytes(model)
     double = cost.analyze(model, {"image": np.zeros((2, 1, 28, 28), F)})
     assert double.macs == 2 * counted.macs > 0
+
+
+def test_work_counts_what_is_computed_as_well_as_products() -> None:
+    model = CASES["conv"][0]
+    counted = cost.analyze(model)
+    assert counted.work == counted.macs + cost.ELEMENT * 5 * 8 * 8
+
+
+def test_a_shape_without_a_type_is_not_told_to_the_user(caplog: pytest.LogCaptureFixture) -> None:
+    """Behind an operator that nobody knows nothing has a type, and shapes follow from constants all the same."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Unknown", ["x"], ["a"], domain="other"),
+            helper.make_node("Reshape", ["a", "form"], ["b"]),
+            helper.make_node("MatMul", ["b", "w"], ["y"]),
+            helper.make_node("NonZero", ["x"], ["places"]),
+            helper.make_node("Cast", ["places"], ["open"], to=TensorProto.FLOAT),
+            helper.make_node("MatMul", ["x2", "open"], ["z"], name="open"),
+        ],
+        "g",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [2, 3]), ("x2", [1, 2]))],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "yz"],
+        [numpy_helper.from_array(np.array([2, 3]), "form"), numpy_helper.from_array(_w(3, 4), "w")],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("other", 1)]
+    model = model_io.load(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    counted = cost.analyze(model)
+    assert counted.macs == 2 * 3 * 4
+    assert counted.unknown == ("open",)
+    assert not caplog.records

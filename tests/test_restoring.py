@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnxslim.contract import Context
 from onnxslim.data import Data, InputSpec
 from onnxslim.noise import noise
-from onnxslim.restoring import ALONE, DOUBT, Judge, keep, parts
+from onnxslim.restoring import ALONE, DOUBT, RUNS, WORK, Judge, keep, parts
 from onnxslim.results import KIND, Exact
 
 
@@ -115,3 +115,33 @@ def test_small_numbers_do_not_hide_behind_large_ones() -> None:
     want = np.sum((0.5 * scores) ** 2) / np.sum((scores - scores.mean()) ** 2) / KIND
     assert lost[0] < 1e-3
     assert lost[1] == pytest.approx(want, rel=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 300), st.floats(1e-4, 1.0))
+def test_ranking_keeps_to_the_work_and_finds_the_worst(seed: int, count: int, part: float) -> None:
+    """One layer makes as much noise as all others together; noise adds up."""
+    rng = np.random.default_rng(seed)
+    names = [f"layer{k}" for k in range(count)]
+    made = dict(zip(names, rng.uniform(0, 1, count), strict=True))
+    worst = names[int(rng.integers(count))]
+    made[worst] = sum(made.values()) + 1
+    exact = rng.standard_normal(4000).astype(np.float32)
+    error = rng.standard_normal(4000).astype(np.float32) * np.float32(1e-2)
+    runs = 0
+
+    def run(_: dict[str, np.ndarray], chosen: Collection[str]) -> list[np.ndarray]:
+        nonlocal runs
+        runs += 1
+        return [exact + error * np.float32(np.sqrt(sum(made[n] for n in chosen)))]
+
+    data = Data("numbers", 8, lambda k: {"x": np.array(k)}, [InputSpec("x", np.dtype(np.int64), ())])
+    work = WORK / max(part * count, 1)  # so much for a run
+    judge = Judge(run, data, work, Context(data), np.inf)
+    runs = 0
+    found = judge.rank(names)
+    assert sorted(found) == sorted(names)
+    assert runs <= max(int(WORK / work), RUNS)
+    assert max(found, key=found.__getitem__) == worst
+    assert found[worst] > 0.9 * judge.noise([worst])
+    assert sum(found.values()) == pytest.approx(sum(judge.noise([n]) for n in names), rel=0.2)

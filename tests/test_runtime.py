@@ -147,3 +147,15 @@ def test_types_that_numpy_lacks_are_tapped_as_float32() -> None:
     assert values["b"].dtype == np.float32
     np.testing.assert_array_equal(values["b"], [1, 0.5, 1])
     np.testing.assert_array_equal(values["b"], values["y"])
+
+
+@pytest.mark.parametrize(("seconds", "want"), [(60.0, 5), (0.0, 2)])
+def test_a_profile_goes_on_for_its_rounds_or_its_time(
+    proto: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, seconds: float, want: int
+) -> None:
+    calls: list[Any] = []
+    run = runtime.Runner.__call__
+    monkeypatch.setattr(runtime.Runner, "__call__", lambda self, feed: calls.append(feed) or run(self, feed))
+    times = runtime.profile(model_io.load(proto), [{"x": X}, {"x": -X}], rounds=5, seconds=seconds)
+    assert len(calls) == 2 * want
+    assert 0 < sum(times.values()) < 1000

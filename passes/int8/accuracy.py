@@ -46,7 +46,7 @@ def restore(
         return runtime.arrays(runtime.run(in_float, feed))
 
     budget = 1 - fidelity if fidelity else float("inf")
-    judge = Judge(run, held_out, sum(ready.macs.values()), ctx, budget, told.exact)
+    judge = Judge(run, held_out, ready.work, ctx, budget, told.exact)
     judge.hardest_first(everything)
 
     def price(name: str) -> float:
@@ -65,7 +65,7 @@ def restore(
 
     kept = keep(names, budget, noise_of, judge.rank, price)
     reasons = {
-        n: f"in int8 it alone takes {lost:.2%} of an output's variance"
+        n: f"in int8 it takes about {lost:.2%} of an output's variance"
         for n, lost in kept.restored.items()
         if n not in between
     }

@@ -18,12 +18,13 @@ from onnxslim.profiles import CPU, Profile
 from onnxslim.qdq import Plan
 from onnxslim.quantization import QParams, store_weight, weight_params, widen_for_bias
 from onnxslim.responses import response
+from onnxslim.restoring import FEWEST
 from onnxslim.rounding import ROWS, WIDEST, Gram, refine
 from onnxslim.saturation import neighbours, overflowing
 from onnxslim.units import Kind, Unit, find_units, settle, sources, stored_values
 
-# Samples on which ranges are compared by the error they cause; each costs two passes per candidate range.
-COMPARED = 8
+# Samples on which ranges are compared by the error they cause, at most, and the work (`onnxslim.cost`) it may take.
+COMPARED, WORK = 8, 4e11
 
 
 @dataclasses.dataclass
@@ -34,6 +35,7 @@ class Prepared:
         units: all units of the model; ``products`` are the names of those that may run on integers.
         sizes: elements per value, averaged over the samples.
         macs: multiply-accumulates per node, those of other products too.
+        work: what a run of the model takes (see `onnxslim.cost.Cost`).
         params, weights, shift: see `Plan`.
         methods: how many ranges were taken by each method.
         saturating: products whose sums of two products would not fit into 16 bits, which CPUs without VNNI have.
@@ -46,6 +48,7 @@ class Prepared:
     products: list[str]
     sizes: dict[str, float]
     macs: dict[str, int]
+    work: float
     params: dict[str, QParams]
     weights: dict[str, tuple[np.ndarray, QParams]]
     shift: dict[str, np.ndarray]
@@ -115,7 +118,9 @@ def survey(
 
     weights = {name: found for leader in readers for name, found in store(leader).items()}
     params = {name: found["mse" if "mse" in found else "minmax"] for name, found in options.items() if found}
-    compared = data.spread(COMPARED)
+    counted = cost.analyze(model, data.feed(data[0]))
+    work = counted.work * (1 + max(map(len, options.values()), default=0))
+    compared = data.spread(int(np.clip(WORK / max(work, 1), FEWEST, COMPARED)))
     shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
     saturating: list[str] = []
     if profile.pairwise:
@@ -129,10 +134,10 @@ def survey(
             weights.update(store(leader, narrow=True))
         grams.clear()
         shift, methods = _compare(model, kept, weights, options, params, compared, ctx, profile)
-    table = {row.name: row.macs for row in cost.analyze(model, data.feed(data[0])).table}
     sizes = {n: histograms[o].elements for n in (*names, *owner) if (o := owner.get(n, n)) in histograms}
+    table = {row.name: row.macs for row in counted.table}
     return Prepared(
-        units, kept, sizes, table, params, weights, shift, methods,
+        units, kept, sizes, table, counted.work, params, weights, shift, methods,
         saturating, narrow, profile,
     )  # fmt: skip
 
@@ -200,16 +205,14 @@ def _compare(
     """
     if not products:
         return {}, {}
-    local = Local(model, products, weights, ctx.threads, profile)
-    kinds = list(dict.fromkeys(kind for owner in local.owners for kind in options[owner]))
+    local = Local(model, products, weights, options, ctx.threads, profile)
     errors: dict[tuple[str, str], float] = {}
     means: dict[tuple[str, str], list[np.ndarray]] = {}
     for feed in ctx.progress.track(data.feeds(), total=len(data), label="ranges"):
-        for kind in kinds:
-            found = local(feed, {o: options[o].get(kind, params[o]) for o in local.owners})
-            for name, (error, signal, mean) in found.items():
+        for name, found in local(feed).items():
+            for kind, (error, mean) in found.items():
                 key = (local.inputs[name], kind)
-                errors[key] = errors.get(key, 0.0) + error / max(signal, 1e-30)
+                errors[key] = errors.get(key, 0.0) + error
                 means.setdefault((name, kind), []).append(mean)
     methods: dict[str, int] = {}
     winner: dict[str, str] = {}
