@@ -22,15 +22,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx_ir.passes.common import (
-    InlinePass,
-    LiftConstantsToInitializersPass,
-    LiftSubgraphInitializersToMainGraphPass,
-    RemoveInitializersFromInputsPass,
-    TopologicalSortPass,
-)
+from onnx_ir.passes.common import RemoveInitializersFromInputsPass, TopologicalSortPass
 
-from onnxslim import inference, maps, protos, wire
+from onnxslim import inference, lifting, maps, protos, wire
 from onnxslim.errors import ModelError, UsageError
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights they go to a file of their own.
@@ -86,12 +80,11 @@ def _clone(model: ir.Model) -> ir.Model:
 def normalize(model: ir.Model, warnings: list[str] | None = None) -> ir.Model:
     """Bring ``model`` (in place) to the form that every pass expects; see the module's docstring."""
     warnings = [] if warnings is None else warnings
-    InlinePass()(model)
+    lifting.inline_functions(model)
     model.meta[NODES] = sum(1 for _ in model.graph.all_nodes())
     model.meta[SHAPES] = any(v.shape is not None for v in inner_values(model))
     _sort_if_needed(model)
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    LiftSubgraphInitializersToMainGraphPass()(model)
+    lifting.lift_constants(model)
     overridable = [v.name for v in model.graph.inputs if v.is_initializer()]
     if overridable:
         RemoveInitializersFromInputsPass()(model)
@@ -203,7 +196,8 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
     """Write ``model`` to ``path``: the file appears whole or not at all, whatever interrupts the writing.
 
     Weights above 1.8 GB (or any, with ``external=True``) go to ``<name>.<hash>.data`` beside it, written before the
-    model is renamed into place; the data file of the model that stood there before is removed after that.
+    model is renamed into place; the data file of the model that stood there before is removed after that, unless
+    ``model`` or another model in the folder refers to it.
 
     Raises:
         ModelError: the folder does not exist or cannot be written.
@@ -217,20 +211,22 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
     if external is None:
         external = weight_bytes(model) > INLINE_LIMIT
     old_data = _owned_data(path)
-    new_data: set[Path] = set()
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
             draft = Path(temporary) / path.name
             if external:
-                new_data = _write_external(model, draft, folder)
+                _write_external(model, draft, folder)
             else:
                 _write(draft, _pieces(model))
             draft.replace(path)
             _sync(folder)
     except OSError as error:
         raise ModelError(f"{path}: cannot write: {error.strerror or error}") from error
-    for file in old_data - new_data:
-        file.unlink(missing_ok=True)
+    if old_data:
+        tensors = (value.const_value for value in model.graph.initializers.values())
+        used = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
+        for file in old_data - used.union(*map(_data_files, folder.glob("*.onnx"))):
+            file.unlink(missing_ok=True)
     return path
 
 
@@ -469,11 +465,11 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-def _write_external(model: ir.Model, draft: Path, folder: Path) -> set[Path]:
+def _write_external(model: ir.Model, draft: Path, folder: Path) -> None:
     ir.save(model.clone(), draft, external_data="weights.data")
     weights = draft.parent / "weights.data"
     if not weights.exists():  # nothing above the size that is worth a reference
-        return set()
+        return
     digest = hashlib.sha256()
     with weights.open("rb") as file:
         while chunk := file.read(1 << 24):
@@ -487,11 +483,18 @@ def _write_external(model: ir.Model, draft: Path, folder: Path) -> set[Path]:
     _write(draft, [proto.SerializeToString(deterministic=True)])
     _sync(weights)
     shutil.move(weights, folder / name)
-    return {folder / name}
 
 
 def _owned_data(path: Path) -> set[Path]:
     """The data files that an earlier `save` to ``path`` left beside it."""
-    if not path.exists():
+    pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * 12}.data"
+    return _data_files(path).intersection(path.parent.resolve().glob(pattern)) if path.exists() else set()
+
+
+def _data_files(path: Path) -> set[Path]:
+    """The files that hold weights of the model in the file ``path``; none where that is no model."""
+    try:
+        proto = _parse(wire.outline_file(path)[0], str(path))
+    except (OSError, ModelError):
         return set()
-    return set(path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 12}.data"))
+    return {(path.parent / location).resolve() for location in protos.locations(proto)}

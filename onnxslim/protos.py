@@ -88,6 +88,12 @@ def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                     yield from attribute.tensors
 
 
+def locations(proto: onnx.ModelProto) -> Iterator[str]:
+    """The name of the file that each tensor with external data lies in, as the model gives it."""
+    for tensor in filter(is_external, tensors(proto)):
+        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
 def check_external(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
     """Refuse external data that is not whole, or not in ``folder``.
 

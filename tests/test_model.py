@@ -311,6 +311,21 @@ def test_external_output_owns_its_data(proto: onnx.ModelProto, tmp_path: Path, w
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx"]
 
 
+def test_data_that_somebody_refers_to_stays(proto: onnx.ModelProto, tmp_path: Path, wanted: np.ndarray) -> None:
+    path, copy = tmp_path / "out.onnx", tmp_path / "copy.onnx"
+    model_io.save(model_io.load(proto), path, external=True)
+    (data,) = tmp_path.glob("*.data")
+    copy.write_bytes(path.read_bytes())
+    loaded = model_io.load(path)
+    model_io.save(model_io.load(copy), path)
+    assert data.exists() and np.allclose(_answer(str(copy)), wanted, atol=1e-6)
+    model_io.save(model_io.load(proto), path, external=True)
+    copy.unlink()
+    model_io.save(loaded, path)
+    assert data.exists(), "the model in memory has its weights there"
+    assert np.allclose(_answer(model_io.to_bytes(loaded)), wanted, atol=1e-6)
+
+
 def test_saving_over_the_file_that_the_weights_are_read_from(
     proto: onnx.ModelProto, tmp_path: Path, wanted: np.ndarray
 ) -> None:
