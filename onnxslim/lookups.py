@@ -15,7 +15,7 @@ from onnxslim.graph import add_constant, add_node, attribute, is_constant, is_op
 from onnxslim.shape_rules import Fact, Grid, Shape, axis_of
 from onnxslim.shapes import Shapes
 from onnxslim.symbolic import Dim
-from onnxslim.views import can_view, constant_target, is_view, make_reshape
+from onnxslim.views import constant_target, is_view, make_reshape
 
 
 def replace_lookup(node: ir.Node, shapes: Shapes, top: ir.Graph) -> bool:
@@ -72,7 +72,10 @@ def _leading_part(node: ir.Node, shapes: Shapes, top: ir.Graph) -> bool:
     sizes = [shape[k] for k in counted]
     cut = [j for j, size in enumerate(sizes) if size != old[j]]
     middle = (*sizes, *old[len(sizes) :])
-    ends = [_vector(sizes[j], node, shapes, top) for j in cut] if middle == new or can_view(middle, new) else [None]
+    target = constant_target(middle, new)
+    if target is None:
+        return False
+    ends = [_vector(sizes[j], node, shapes, top) for j in cut]
     if any(end is None for end in ends):
         return False
     value = data
@@ -89,8 +92,6 @@ def _leading_part(node: ir.Node, shapes: Shapes, top: ir.Graph) -> bool:
         value = part.outputs[0]
         value.type = data.type
         shapes.set(value, Fact(middle))
-    target = constant_target(middle, new)
-    assert target is not None
     make_reshape(node, value, target, top)
     return True
 

@@ -59,24 +59,20 @@ def copies(
         inputs.append(_value(f"x{k}", ir.DataType.DOUBLE, shape))
         start += size
     initializers = []
+    if node.op_type == "Pad" and "pads" not in node.attributes:
+        # The constant, 0 where none is given, would pass for the first element.
+        arguments = [arguments[0], np.array(-1.0), *arguments[2:]]
     for k, argument in enumerate(arguments):
         if argument is None:
             inputs.append(None)
             continue
-        if node.op_type == "Pad" and k == 1:
-            argument = np.array(-1.0)
         value = _value(f"a{k}", ir.DataType.from_numpy(argument.dtype), argument.shape)
         value.const_value = ir.tensor(argument, name=value.name)
         initializers.append(value)
         inputs.append(value)
-    if node.op_type == "Pad" and len(inputs) == 2:  # the default constant, 0, would pass for the first element
-        fill = _value("fill", ir.DataType.DOUBLE, ())
-        fill.const_value = ir.tensor(np.array(-1.0), name="fill")
-        initializers.append(fill)
-        inputs.append(fill)
     outputs = [ir.Value(name=f"y{k}", type=ir.TensorType(ir.DataType.DOUBLE)) for k in range(len(node.outputs))]
     attributes = list(node.attributes.values())
-    if node.op_type == "Pad" and "value" in node.attributes:
+    if node.op_type == "Pad" and "pads" in node.attributes:
         attributes = [a for a in attributes if a.name != "value"] + [ir.AttrFloat32("value", -1.0)]
     copy = ir.Node("", node.op_type, inputs, attributes, outputs=outputs)
     graph = ir.Graph(

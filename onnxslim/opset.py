@@ -196,6 +196,8 @@ def _slice(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
 
 
 def _dropout(model: ir.Model, node: ir.Node, since: int, new: int) -> None:
+    if since >= 12:
+        return
     mask = node.outputs[1] if len(node.outputs) > 1 else None
     if mask is not None and (mask.uses() or mask.is_graph_output()):
         if since < 10:

@@ -270,9 +270,10 @@ def layer_normalization(c: Coupling, node: ir.Node) -> None:
     rank = len(c.shape(data(node)))
     first = attribute(node, "axis", -1) % rank
     why = "normalized over this axis"
-    axes = passed(c, node, range(first, rank), why)
-    for value in node.inputs[1:]:
+    added = node.op_type.startswith("Skip")  # to what is normalized: the two keep their shape
+    for value in node.inputs[0 if added else 1 :]:
         c.freeze_value(value, reason(node, why))
+    axes = passed(c, node, range(first, rank), why)
     for output in node.outputs:
         if output.name in c.shapes:
             same = len(c.shape(output)) == rank

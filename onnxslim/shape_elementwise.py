@@ -54,9 +54,9 @@ def _truncate(a: Dim, b: Dim) -> Dim:
     return symbolic.unknown() if b == 0 else symbolic.truncate_divide(a, b)
 
 
-def _divide(a: Dim, b: Dim) -> Dim:
-    exact = symbolic.quotient([a], [b])
-    return symbolic.unknown() if exact is None else exact
+def _divide(a: Dim, b: Dim) -> Dim | None:
+    """The quotient of floating-point numbers, where it is known to be whole."""
+    return symbolic.quotient([a], [b])
 
 
 BINARY: dict[str, Callable[[Dim, Dim], Dim]] = {
@@ -92,7 +92,7 @@ def elementwise(call: Call) -> Sequence[Fact | None]:
         return [Fact(shapes[0])]  # the second operand is stretched to the first
     shape = broadcast_shapes(shapes)
     contents = [fact.content for fact in call.facts if fact is not None and fact.content is not None]
-    function = BINARY.get(call.node.op_type)
+    function: Callable[[Dim, Dim], Dim | None] | None = BINARY.get(call.node.op_type)
     if call.node.op_type == "Div" and call.node.outputs[0].dtype not in (ir.DataType.INT64, ir.DataType.INT32):
         function = _divide
     if function is None or len(contents) < len(shapes) or (call.node.op_type == "Mod" and call.attr("fmod", 0)):
@@ -100,6 +100,8 @@ def elementwise(call: Call) -> Sequence[Fact | None]:
     result = contents[0]
     for other in contents[1:]:
         result = each(function, result, other)
+        if any(d is None for d in result.reshape(-1)):
+            return [Fact(shape)]
     return [Fact(shape, result)]
 
 

@@ -131,7 +131,7 @@ def as_content(values: Any, shape: Shape) -> np.ndarray | None:
     return result
 
 
-def each(function: Callable[..., Dim], *arrays: np.ndarray) -> np.ndarray:
+def each(function: Callable[..., Dim | None], *arrays: np.ndarray) -> np.ndarray:
     """``function`` applied element by element to object arrays, broadcast against each other."""
     return np.asarray(np.frompyfunc(function, len(arrays), 1)(*arrays), object)
 

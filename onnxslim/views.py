@@ -242,5 +242,7 @@ def merge_casts(node: ir.Node) -> bool:
         return False
     if value.dtype.name not in _HOLDS.get(source.dtype, "").split():
         return False
+    if node.outputs[0].dtype is ir.DataType.STRING:  # text shows the digits of the type it was made of
+        return False
     node.replace_input_with(0, source)
     return True

@@ -60,6 +60,8 @@ def _depth_to_space(x: np.ndarray, crd: bool) -> np.ndarray:
             {},
             [np.pad(X, PADDED, constant_values=-1)],
         ),
+        ("Pad", X, [i64(0, 1, 0, 0, 2, 0), None], {}, [np.pad(X, PADDED, constant_values=-1)]),
+        ("Pad", X, [i64(1, 2), None, i64(1)], {}, [np.pad(X, PADDED, constant_values=-1)]),
         ("Pad", X, [i64(0, 1, 0, 0, 2, 0)], {"mode": "reflect"}, [np.pad(X, PADDED, "reflect")]),
         ("Pad", X, [i64(0, 1, 0, 0, 2, 0)], {"mode": "edge"}, [np.pad(X, PADDED, "edge")]),
         ("DepthToSpace", IMAGE, [], {"blocksize": 2}, [_depth_to_space(IMAGE, False)]),

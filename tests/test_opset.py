@@ -74,6 +74,8 @@ CASES: dict[str, ir.Model] = {
     "slice-10": _model("Slice", 10, {"s": _i(5), "e": _i(0), "a": _i(3), "p": _i(-2)}),
     "dropout-7": _model("Dropout", 7, ratio=0.3),
     "dropout-10": _model("Dropout", 10, ratio=0.3),
+    "dropout-12": _model("Dropout", 12, {"ratio": np.float32(0.3)}),
+    "dropout-12-mode": _model("Dropout", 12, {"ratio": np.float32(0.3), "training": np.array(False)}),
     "softmax-default-11": _model("Softmax", 11),
     "softmax-default-dynamic-7": _model("Softmax", 7, symbolic=True),
     "softmax-axis2-11": _model("Softmax", 11, axis=2, symbolic=True),

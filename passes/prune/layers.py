@@ -154,8 +154,7 @@ class Layer:
                 node.resize_inputs(3)
                 node.replace_input_with(2, value)
             alone = is_constant(value) and len(value.uses()) == 1
-            plain = node.op_type == "Conv" or (attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0)
-            return value if alone and plain and value.shape is not None and value.shape.numpy() == (out,) else None
+            return value if alone and value.shape is not None and value.shape.numpy() == (out,) else None
         user = only_user(node.outputs[0])
         if user is None or not is_op(user, "Add"):
             return None
@@ -184,12 +183,20 @@ def layer(site: Site) -> Layer | None:
     shape = weight.const_value.shape.numpy()
     if node.op_type == "MatMul" and (len(shape) != 2 or site.data != 0):
         return None
-    if node.op_type == "Gemm" and site.data != 0:
+    if node.op_type == "Gemm" and (site.data != 0 or not _is_plain(node)):
         return None
     taps = int(np.prod(shape[2:], dtype=np.int64)) if node.op_type == "Conv" else 1
     if node.op_type == "Conv" and taps == 1 and any(attribute(node, "pads", [])):
         return None  # positions that read nothing but padding
     return Layer(site, taps, shared=taps > 1 and shape[1] * taps > MAX_COLUMNS)
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether a Gemm adds nothing but a constant row to the product, and neither has a factor."""
+    factors = (attribute(node, name, 1.0) for name in ("alpha", "beta"))
+    added = node.inputs[2] if len(node.inputs) > 2 else None
+    row = added is None or (is_constant(added) and added.shape is not None and added.shape.rank() == 1)
+    return row and all(factor == 1.0 for factor in factors)
 
 
 def _chosen(count: int, limit: int, seed: int) -> np.ndarray:

@@ -93,6 +93,8 @@ KEPT = [
     ("a = Slice(x, s, e, k, t)", {k: np.array([v]) for k, v in zip("sekt", (-1, -(2**62), 0, -1), strict=True)}),
     ("a = Pad(x, p)", {"p": np.array([1, 0, 0, -1, 0, 0])}),
     ("b = Cast<to=10>(x) a = Cast<to=1>(b)", {}),
+    ("c = Cast<to=11>(x) d = Cast<to=8>(c) a = Cast<to=1>(d)", {}),  # text shows more digits of a double
+    ("a = Squeeze(x, none)", {"none": np.zeros(0, np.int64)}),
     ("a = Resize(x, none, k)", {"none": np.zeros(0, np.float32), "k": np.array([1, 1.1, 1], np.float32)}),
     ("a = LpPool<kernel_shape=[1]>(x)", {}),
     ("q = QuantizeLinear(x, k) a = DequantizeLinear(q, k)", {"k": np.float32(0.1)}),
@@ -138,6 +140,20 @@ def test_a_target_with_two_sizes_out_of_place_stays_computed() -> None:
         order=np.array([1, 0, 2]),
     )
     check(proto, ["Shape", "Gather", "Reshape"], n=2, m=5)
+
+
+@pytest.mark.parametrize("kind", [1, 11])
+@pytest.mark.parametrize("size", ["n", "5"])
+def test_half_of_a_size_is_no_whole_number(kind: int, size: str) -> None:
+    text = f"""
+        s = Shape(x) f = Cast<to={kind}>(s) k = Cast<to={kind}>(two) q = Div(f, k)
+        floor = Floor(q) ceil = Ceil(q) round = Round(q) even = Equal(q, floor) whole = Cast<to=6>(q)
+        a = Cast<to=6>(floor) b = Cast<to=6>(ceil) p = Concat<axis=0>(a, b) wide = Cast<to=7>(p) y = Pad(x, wide)"""
+    outputs = f"float[m] y, bool[1] even, {'float' if kind == 1 else 'double'}[1] round, int32[1] whole"
+    proto = build(f"(float[{size}] x) => ({outputs}) {{ {text} }}", two=np.array([2], np.float32))
+    result, _ = apply(proto, "simplify")
+    for n in (5,) if size == "5" else (4, 5, 6, 7):
+        assert_same(proto, result, feeds(proto, 0, n=n), rtol=0)
 
 
 def test_a_value_that_others_read_is_not_computed_twice() -> None:
