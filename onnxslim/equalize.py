@@ -217,7 +217,8 @@ def find_centres(model: ir.Model, channels: Mapping[str, Channels]) -> dict[str,
 
 
 def _biased(node: ir.Node) -> bool:
-    return g.is_op(node, "Conv", "Gemm") and _plain(node) and g.attribute(node, "beta", 1.0) == 1.0
+    factors = (g.attribute(node, name, 1.0) for name in ("alpha", "beta"))
+    return g.is_op(node, "Conv", "Gemm") and _plain(node) and all(factor == 1.0 for factor in factors)
 
 
 def _makes_up(node: ir.Node, index: int, fixed: set[str]) -> bool:

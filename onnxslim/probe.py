@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxslim import branch_values, runtime
 from onnxslim import graph as g
 from onnxslim.profiles import CPU, Profile
-from onnxslim.qdq import Plan, stores
+from onnxslim.qdq import Plan, stored_operand, stores
 from onnxslim.quantization import QParams, dequantize
 from onnxslim.units import Kind, Unit, connect, find_units, sources, stored_values
 
@@ -85,9 +85,8 @@ class Local:
         node, home = unit.node, unit.node.graph
         assert node.inputs[0] is not None and home is not None
         exact = node.outputs[0]
-        channels = (g.known_shape(weight) or ())[unit.weight[1]]
-        form, axes = ([0, channels, -1], [0, 2]) if node.op_type == "Conv" else ([-1, channels], [0])
-        shape = g.add_constant(graph, f"{unit.name}_form", np.array(form, np.int64))
+        sizes = g.known_shape(weight) or ()
+        form = g.add_constant(graph, f"{unit.name}_form", np.array([-1, sizes[unit.weight[1]]], np.int64))
         results = [_reduce(graph, "ReduceSumSquare", exact, None, self.version)]
         for pair in params:
             inputs = list(node.inputs)
@@ -97,8 +96,11 @@ class Local:
             copy.attributes.update(node.attributes)
             home.insert_after(node, copy)
             error = g.add_node(graph, "Sub", [copy.outputs[0], exact], after=copy, hint=unit.name)
-            rows = g.add_node(graph, "Reshape", [error.outputs[0], shape], after=error, hint=unit.name)
             results.append(_reduce(graph, "ReduceSumSquare", error.outputs[0], None, self.version))
+            if node.op_type == "Conv":
+                rows, axes = error, [0, *range(2, len(sizes))]
+            else:
+                rows, axes = g.add_node(graph, "Reshape", [error.outputs[0], form], after=error, hint=unit.name), [0]
             results.append(_reduce(graph, "ReduceMean", rows.outputs[0], axes, self.version))
         for k, found in enumerate(results):
             found.name = f"{k}:{unit.name}"
@@ -108,15 +110,14 @@ class Local:
     def __call__(self, feeds: Feeds) -> dict[str, dict[str, tuple[float, np.ndarray]]]:
         """For each product and name of parameters: squared error over the squared result, mean error per channel.
 
-        Products in branches that are not taken are not among them.
+        Products that give nothing but zeros are not among them, nor are those in branches that are not taken.
         """
         outputs = runtime.run(self.runner, {**feeds, **self._params})
         found = {}
         for name, results in self._results.items():
             signal, *rest = (outputs[self._names[r]] for r in results)
-            if signal.size:
-                size = max(float(signal), 1e-30)
-                told = [(float(e) / size, mean) for e, mean in zip(rest[::2], rest[1::2], strict=True)]
+            if signal.size and signal > 0:
+                told = [(float(e) / float(signal), mean) for e, mean in zip(rest[::2], rest[1::2], strict=True)]
                 found[name] = {method: told[k] for method, k in self._place[self.inputs[name]].items()}
         return found
 
@@ -144,7 +145,11 @@ class Switched:
         values = {v.name or "": v for v in graph.inputs}
         values.update((v.name or "", v) for node in g.in_branches(graph) for v in node.outputs)
         self.values = stored_values(self.units, plan.chosen)
-        self.products = [n for n in self.units if n in plan.chosen and self.units[n].kind is Kind.PRODUCT]
+        chosen = [n for n in self.units if n in plan.chosen]
+        self.products = [n for n in chosen if self.units[n].kind is Kind.PRODUCT]
+        # Units whose own numbers are others on integers.
+        glue = [n for n in chosen if self.units[n].constants or self.units[n].op == "HardSwish"]
+        self.renumbered = [*self.products, *glue]
         constants = {o: _constants(graph, o, plan.params[o]) for o in {owner.get(v, v) for v in self.values}}
         products = {self.units[n].node for n in self.products}
         self.writer, readers = connect(self.units)
@@ -180,6 +185,8 @@ class Switched:
             unit = self.units[name]
             stored = numbers(name, plan.weights[name])
             self._product(graph, unit, stored, plan.shift.get(name), unstored.get(unit.inputs[0]))
+        for name in glue:
+            self._glue(graph, self.units[name], plan.profile)
         self.runner = _load(clone, threads)
 
     def _product(
@@ -197,13 +204,26 @@ class Switched:
             old = g.constant(target.inputs[place]) if len(target.inputs) > place else None
             moved = (shift if old is None else old + shift).astype(np.float32)
             changed[target, place] = g.add_constant(graph, f"{unit.name}_moved", moved)
-        result = unit.nodes[-1].outputs[0]
         plain = {} if unstored is None else {(unit.node, 0): unstored}
-        choice = _either(graph, f"w:{unit.name}", _copies(graph, unit, changed), _copies(graph, unit, plain), result)
-        g.replace(result, choice)
-        for node in reversed(unit.nodes):
-            assert isinstance(node.graph, ir.Graph)
-            node.graph.remove(node, safe=True)
+        _renumber(graph, unit, _copies(graph, unit, changed), _copies(graph, unit, plain))
+
+    def _glue(self, graph: ir.Graph, unit: Unit, profile: Profile) -> None:
+        """Put the constants of ``unit``, and what HardSwish multiplies by, as they are and stored behind a switch."""
+        changed = {}
+        for index in unit.constants:
+            array = dequantize(*stored_operand(unit, index, profile))
+            changed[unit.node, index] = g.add_constant(graph, f"{unit.name}_{index}_stored", array)
+        copies = _copies(graph, unit, changed)
+        if unit.op == "HardSwish":
+            source, swish = unit.node.inputs[0], copies[0]
+            gate = _loose(graph, "HardSigmoid", [source], alpha=1 / 6, beta=0.5)
+            params = _constants(graph, f"{unit.name}_gate", profile.params(0.0, 1.0))
+            q = _loose(graph, "QuantizeLinear", [gate.outputs[0], *params])
+            dq = _loose(graph, "DequantizeLinear", [q.outputs[0], *params])
+            product = _loose(graph, "Mul", [source, dq.outputs[0]])
+            swish.outputs[0].replace_all_uses_with(product.outputs[0])
+            copies[:1] = [gate, q, dq, product]
+        _renumber(graph, unit, copies, _copies(graph, unit, {}))
 
     def __call__(self, feeds: Feeds, chosen: Collection[str]) -> list[np.ndarray]:
         """The outputs, in the order of the model's, with the ``chosen`` units on integers."""
@@ -213,7 +233,7 @@ class Switched:
             told = name in self.merged or self.writer.get(name) in chosen
             switches[f"all:{name}"] = np.array(told)
             switches.update((f"{unit} reads {name}", np.array(told or unit in chosen)) for unit in units)
-        switches.update((f"w:{n}", np.array(n in chosen)) for n in self.products)
+        switches.update((f"w:{n}", np.array(n in chosen)) for n in self.renumbered)
         return runtime.arrays(runtime.run(self.runner, {**feeds, **switches}))
 
 
@@ -293,6 +313,15 @@ def _either(graph: ir.Graph, name: str, on: Sequence[ir.Node], off: Sequence[ir.
     return chosen.outputs[0]
 
 
+def _renumber(graph: ir.Graph, unit: Unit, on: Sequence[ir.Node], off: Sequence[ir.Node]) -> None:
+    """Put the nodes ``on``, which stand for ``unit`` on integers, and ``off``, for ``unit`` in float, in its place."""
+    result = unit.nodes[-1].outputs[0]
+    g.replace(result, _either(graph, f"w:{unit.name}", on, off, result))
+    for node in reversed(unit.nodes):
+        assert isinstance(node.graph, ir.Graph)
+        node.graph.remove(node, safe=True)
+
+
 def _copies(graph: ir.Graph, unit: Unit, numbers: Mapping[tuple[ir.Node, int], ir.Value]) -> list[ir.Node]:
     """The nodes of ``unit`` once more, with other ``numbers`` in the place of some inputs."""
     made: dict[ir.Value | None, ir.Value | None] = {}
@@ -314,10 +343,10 @@ def _same(graph: ir.Graph, value: ir.Value) -> list[ir.Node]:
     return [_loose(graph, "Identity", [value])]
 
 
-def _loose(graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value | None]) -> ir.Node:
+def _loose(graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value | None], **attributes: float) -> ir.Node:
     """A node in no graph yet, with a name that is new to ``graph``."""
     output = ir.Value(name=g.fresh_name(graph, op_type))
-    return ir.node(op_type, inputs, outputs=[output], name=output.name)
+    return ir.node(op_type, inputs, attributes, outputs=[output], name=output.name)
 
 
 def _constants(graph: ir.Graph, owner: str, params: QParams) -> tuple[ir.Value, ir.Value]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -51,10 +51,13 @@ class Plan:
     profile: Profile = CPU
 
 
-def insert(model: ir.Model, plan: Plan) -> None:
-    """Rewrite ``model`` in place so that the units of ``plan`` run on integers; opset 13 or newer."""
+def insert(model: ir.Model, plan: Plan, guessed: Collection[str] = ()) -> None:
+    """Rewrite ``model`` in place so that the units of ``plan`` run on integers; opset 13 or newer.
+
+    The ranks of the values ``guessed`` may be others with other inputs.
+    """
     units = plan.profile.units(find_units(model)[0])
-    writer = _Writer(model, units, plan)
+    writer = _Writer(model, units, plan, guessed)
     for name in stored_values(units, plan.chosen):
         writer.store(name)
     for name, unit in units.items():
@@ -91,6 +94,14 @@ def missing_kernel(opset: int) -> str | None:
     except ModelError:
         return f"the installed ONNX Runtime has no QuantizeLinear of operator set {opset}"
     return None
+
+
+def stored_operand(unit: Unit, index: int, profile: Profile) -> tuple[np.ndarray, QParams]:
+    """The constant input ``index`` of a glue unit as it is stored: with a range of its own."""
+    array = g.constant(unit.node.inputs[index])
+    assert array is not None
+    params = profile.params(float(array.min()), float(array.max()))
+    return quantize(array, params), params
 
 
 def stores(producer: ir.Node | None, profile: Profile) -> bool:
@@ -141,8 +152,9 @@ def _shield(model: ir.Model) -> None:
 class _Writer:
     """Inserts pairs into one model; keeps the constants that pairs share."""
 
-    def __init__(self, model: ir.Model, units: Mapping[str, Unit], plan: Plan) -> None:
+    def __init__(self, model: ir.Model, units: Mapping[str, Unit], plan: Plan, guessed: Collection[str]) -> None:
         self.graph = model.graph
+        self.guessed = guessed
         self.units = units
         self.plan = plan
         self.owner = sources(units.values())
@@ -223,10 +235,8 @@ class _Writer:
     def constants(self, unit: Unit) -> None:
         """Store the constant operands of a glue unit as u8 with a range of their own."""
         for index in unit.constants:
-            array = g.constant(unit.node.inputs[index])
-            assert array is not None
-            params = self.plan.profile.params(float(array.min()), float(array.max()))
-            value = self._dequantized(unit, f"{unit.node.inputs[index].name}", quantize(array, params), params)  # type: ignore[union-attr]
+            name = unit.node.inputs[index].name  # type: ignore[union-attr]
+            value = self._dequantized(unit, f"{name}", *stored_operand(unit, index, self.plan.profile))
             unit.node.replace_input_with(index, value)
 
     def lower(self, unit: Unit) -> None:
@@ -333,7 +343,8 @@ class _Writer:
         kept, constant = g.constant(row.inputs[index]), row.inputs[index]
         assert kept is not None and constant is not None
         shape = g.known_shape(row.outputs[0])
-        if shape is None or (len(shape) != 2 and None in shape):
+        guessed = row.outputs[0].name in self.guessed
+        if guessed or shape is None or (len(shape) != 2 and None in shape):
             if shift is not None:
                 value = g.add_constant(self.graph, f"{constant.name}", (kept + shift).astype(np.float32))
                 row.replace_input_with(index, value)

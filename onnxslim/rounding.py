@@ -22,6 +22,8 @@ ROWS, WIDEST = 16_384, 2048
 # A product of so many rows costs as much as one of many more, and takes little memory beside the sums it is added to.
 BATCH = 512
 BLOCK = 64
+# Weights that are rounded at a time: each takes the memory of a dozen on the way.
+ELEMENTS = 1 << 22
 DAMPING = 0.01
 
 
@@ -114,11 +116,16 @@ class Gram:
         return self.square / max(self.count, 1)
 
 
-def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, pairs: np.ndarray | None = None) -> np.ndarray:
-    """Integers (outputs, K) for ``rows`` (outputs, K) in steps of ``scale`` (outputs,), of least error by ``moments``.
+def round_rows(
+    rows: np.ndarray,
+    scale: np.ndarray,
+    spread: tuple[np.ndarray, np.ndarray],
+    pairs: np.ndarray | None = None,
+) -> np.ndarray:
+    """Integers (outputs, K) for ``rows`` (outputs, K) in steps of ``scale`` (outputs,), so that products lose least.
 
     Args:
-        moments: H, (K, K), symmetric and positive semidefinite.
+        spread: see `spreading`.
         pairs: columns whose sum is limited, see `quantization.within_pairs`.
     """
     partner = {} if pairs is None else {int(a): int(b) for pair in pairs for a, b in (pair, pair[::-1])}
@@ -133,7 +140,7 @@ def round_rows(rows: np.ndarray, scale: np.ndarray, moments: np.ndarray, pairs: 
         stored[k] = np.clip(np.rint(column), least, most)
         return stored[k]
 
-    settle_columns(rows.astype(np.float64) / scale[:, None].astype(np.float64), spreading(moments), settle)
+    settle_columns(rows.astype(np.float64) / scale[:, None].astype(np.float64), spread, settle)
     return np.ascontiguousarray(stored.T.astype(np.int8))
 
 
@@ -229,18 +236,22 @@ def refine(
     scale = np.broadcast_to(params.scale, (len(rows),)).astype(np.float64)
     new = old.copy()
     per_group = len(rows) // gram.groups
+    height = max(ELEMENTS // max(rows.shape[1], 1), 1)
     for group in range(gram.groups):
-        part = slice(group * per_group, (group + 1) * per_group)
         try:
-            trial = round_rows(rows[part], scale[part], moments[group], pairs)
+            spread = spreading(moments[group])
         except linalg.LinAlgError:  # moments that are singular to working precision: plain rounding stays
             continue
+        end = (group + 1) * per_group
+        for start in range(group * per_group, end, height):
+            part = slice(start, min(start + height, end))
+            trial = round_rows(rows[part], scale[part], spread, pairs)
 
-        def cost(q: np.ndarray, part: slice = part, group: int = group) -> np.ndarray:
-            gap = q * scale[part, None] - rows[part]
-            return np.asarray(((gap @ moments[group]) * gap).sum(1))
+            def cost(q: np.ndarray, part: slice = part, group: int = group) -> np.ndarray:
+                gap = q * scale[part, None] - rows[part]
+                return np.asarray(((gap @ moments[group]) * gap).sum(1))
 
-        better = cost(trial) < cost(old[part])
-        new[part] = np.where(better[:, None], trial, old[part])
+            better = cost(trial) < cost(old[part])
+            new[part] = np.where(better[:, None], trial, old[part])
     shape = np.moveaxis(weight, axis, 0).shape
     return np.ascontiguousarray(np.moveaxis(new.reshape(shape), 0, axis))

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxslim import custom_ops, rounds, stages, timing, worker
+from onnxslim import custom_ops, maps, rounds, stages, timing, worker
 from onnxslim import model as model_io
 from onnxslim.eps import PACKAGES, Ep
 from onnxslim.eps import PROVIDERS as PROVIDERS
@@ -406,7 +407,7 @@ def optimized(model: ir.Model | Path, *, ep: str = "cpu", threads: int = 0) -> i
     with tempfile.TemporaryDirectory(prefix="onnxslim-") as folder:
         path = Path(folder) / "optimized.onnx"
         load(model, ep=ep, threads=threads, optimized_path=str(path))
-        return ir.load(path)
+        return maps.read(onnx.load(path, load_external_data=False), "the graph that ONNX Runtime executes")
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 from collections.abc import Collection, Hashable, Iterable, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxslim.graph import (
@@ -139,7 +140,7 @@ def find_units(model: ir.Model) -> tuple[dict[str, Unit], dict[str, str]]:
             if unit := _move(node, version):
                 units[name] = unit
         elif is_op(node, "Resize"):
-            if attribute(node, "mode", "nearest") == "nearest" and (unit := _move(node, version)):
+            if _repeats_pixels(node) and (unit := _move(node, version)):
                 units[name] = unit
         elif is_op(node, *_BINARY, *_UNARY, *LOWERED, "Concat") and (unit := _glue(node)):
             units[name] = unit
@@ -171,12 +172,12 @@ def _product(node: ir.Node) -> Unit | str:
     if node.op_type == "Conv":
         axis = 0
     elif node.op_type == "Gemm":
-        if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "transA", 0):
-            return "Gemm with alpha or transA has no integer kernel"
+        if any(attribute(node, name, 1.0) != 1.0 for name in ("alpha", "beta")) or attribute(node, "transA", 0):
+            return "Gemm with alpha, beta or transA has no integer kernel"
         third = node.inputs[2] if len(node.inputs) > 2 else None
         if third is not None:
-            if attribute(node, "beta", 1.0) != 1.0 or not is_constant(third):
-                return "Gemm with beta or a computed bias has no integer kernel"
+            if not is_constant(third):
+                return "Gemm with a computed bias has no integer kernel"
             sizes = known_shape(third) or (1,)
             if any(size != 1 for size in sizes[:-1]):
                 return "Gemm whose bias is a matrix has no integer kernel"
@@ -248,13 +249,31 @@ def _move(node: ir.Node, version: int) -> Unit | None:
     return Unit(node.name or "", Kind.MOVE, node, (source.name or "",), outputs)
 
 
+def _repeats_pixels(node: ir.Node) -> bool:
+    """Whether a Resize only repeats values; what it fills the outside with is none of them."""
+    outside = attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    return bool(attribute(node, "mode", "nearest") == "nearest" and not outside)
+
+
+def is_finite(unit: Unit) -> bool:
+    """Whether the weight and the bias of a product are numbers all."""
+    nodes = [unit.node, *([] if unit.bias is None else [unit.bias])]
+    arrays = (constant(value) for node in nodes for value in node.inputs if value is not None)
+    return all(array is None or bool(np.isfinite(array).all()) for array in arrays)
+
+
+def _has_range(value: ir.Value | None) -> bool:
+    array = constant(value)
+    return array is not None and array.size > 0 and bool(np.isfinite(array).all())
+
+
 def _glue(node: ir.Node) -> Unit | None:
     if not all(_is_float(v) for v in node.inputs) or len(node.outputs) != 1:
         return None
     if node.op_type == "HardSigmoid" and attribute(node, "alpha", 0.2) <= 0:
         return None
     fixed = tuple(k for k, v in enumerate(node.inputs) if is_constant(v))
-    if len(fixed) == len(node.inputs):
+    if len(fixed) == len(node.inputs) or not all(_has_range(node.inputs[k]) for k in fixed):
         return None
     inputs = tuple(dict.fromkeys(v.name or "" for v in node.inputs if v is not None and not is_constant(v)))
     output = node.outputs[0]

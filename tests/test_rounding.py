@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxslim.quantization import QParams, dequantize, may_saturate, quantize, weight_params, within_pairs
-from onnxslim.rounding import Gram, refine, round_rows
+from onnxslim.rounding import Gram, refine, round_rows, spreading
 from onnxslim.units import Kind, Unit
 
 RNG = np.random.default_rng()
@@ -46,7 +46,9 @@ def test_beats_rounding_to_nearest() -> None:
     scale = np.abs(rows).max(1) / 127
     moments = x.T @ x / len(x)
     nearest = np.rint(rows / scale[:, None])
-    assert error(rows, round_rows(rows, scale, moments), scale, moments) < 0.3 * error(rows, nearest, scale, moments)
+    assert error(rows, round_rows(rows, scale, spreading(moments)), scale, moments) < 0.3 * error(
+        rows, nearest, scale, moments
+    )
 
 
 def test_limited_pairs_stay_within_their_limit_and_beat_rounding_to_nearest() -> None:
@@ -57,8 +59,8 @@ def test_limited_pairs_stay_within_their_limit_and_beat_rounding_to_nearest() ->
     scale = np.abs(rows).max(1) / 127
     moments = x.T @ x / len(x)
     nearest = within_pairs(np.rint(rows / scale[:, None]), pairs)
-    found = round_rows(rows, scale, moments, pairs)
-    assert may_saturate(round_rows(rows, scale, moments), pairs), "without the limit it is exceeded"
+    found = round_rows(rows, scale, spreading(moments), pairs)
+    assert may_saturate(round_rows(rows, scale, spreading(moments)), pairs), "without the limit it is exceeded"
     assert not may_saturate(found, pairs)
     assert error(rows, found, scale, moments) < 0.5 * error(rows, nearest, scale, moments)
 
@@ -76,7 +78,7 @@ def test_comes_near_the_best_of_all_roundings() -> None:
             for up in itertools.product((0, 1), repeat=6)
         )
         nearest += error(row, np.rint(row / scale[:, None]), scale, moments)
-        found += error(row, round_rows(row, scale, moments), scale, moments)
+        found += error(row, round_rows(row, scale, spreading(moments)), scale, moments)
     assert found <= best + 0.1 * (nearest - best)
 
 

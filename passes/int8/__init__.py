@@ -27,7 +27,7 @@ from onnxslim.profiles import PROFILES, REFUSED, Profile
 from onnxslim.restoring import parts
 from onnxslim.saturation import saturates_here
 from onnxslim.sharing import deduplicate_initializers
-from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, name_all_nodes
+from onnxslim.units import NEVER, PRODUCTS, Kind, find_units, is_finite, name_all_nodes
 
 # Share of an output's variance that integer kernels may take where nobody said what int8 may cost.
 NOISY = 0.02
@@ -100,6 +100,7 @@ class Int8(Pass):
 
     def _quantize(self, model: ir.Model, ctx: Context) -> Outcome:
         layers = _layers(model)
+        ctx.warnings += [f"int8: no layer is called {name!r} (keep)" for name in self.keep if name not in layers]
         target = self.target or ctx.target
         blocked = self._blocked(ctx, target)
         if blocked is not None or not layers:
@@ -129,10 +130,13 @@ class Int8(Pass):
         exact = plain if ranged.names else None
         units, reasons = find_units(draft)
         reasons |= ranged.reasons | {n: "asked to stay in float" for n in self.keep if n in layers}
-        wanted = [n for n, u in units.items() if u.kind is Kind.PRODUCT and n not in reasons]
+        products = {n: u for n, u in units.items() if u.kind is Kind.PRODUCT}
+        infinite = [n for n, u in products.items() if not is_finite(u)]
+        reasons |= dict.fromkeys(infinite, "its weight or bias is not finite")
+        wanted = [n for n in products if n not in reasons]
         if not wanted and not ranged.names:
             return _nothing(layers, reasons)
-        changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize and wanted else {}
+        changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize and wanted and not infinite else {}
         ready = survey(draft, wanted, fitting, ctx, per_channel=self.per_channel, profile=profile, portable=portable)
         for name in (n for n in wanted if n not in ready.products):
             inside = units[name].node.graph is not draft.graph
@@ -146,7 +150,7 @@ class Int8(Pass):
         chosen = [*ready.products, *ranged.names]
         if not chosen:
             return _nothing(layers, reasons, figures)
-        qdq.insert(draft, ready.plan(ready.choose(ready.products)))
+        qdq.insert(draft, ready.plan(ready.choose(ready.products)), guessed)
         remainder.fuse(draft)
         deduplicate_initializers(draft)  # a weight that several layers read has been stored for each of them
         forget_ranks(draft, set(guessed))

@@ -82,6 +82,26 @@ def gated() -> ir.Model:
     return build(nodes, weights, ["n", 8, 12, 12])
 
 
+def scaled() -> ir.Model:
+    """Constants that one range for all channels says little of, and the gate of HardSwish, between products."""
+    weights = {name: filters(8, 8) for name in ("w1", "w2", "w3")}
+    weights |= {"factor": np.full((8, 1, 1), 0.1, np.float32), "offset": np.full((1, 8, 1, 1), 0.07, np.float32)}
+    weights["factor"][0] = weights["offset"][0, 0] = 20
+    weights["w2"][:, 0] = 0
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a1"], name="first"),
+        helper.make_node("Relu", ["a1"], ["a2"]),
+        helper.make_node("Mul", ["a2", "factor"], ["a3"], name="factor"),
+        helper.make_node("Add", ["offset", "a3"], ["a4"], name="offset"),
+        helper.make_node("Relu", ["a4"], ["a5"]),
+        helper.make_node("Conv", ["a5", "w2"], ["a6"], name="second"),
+        helper.make_node("HardSwish", ["a6"], ["a7"], name="swish"),
+        helper.make_node("Clip", ["a7", "", "high"], ["a8"]),
+        helper.make_node("Conv", ["a8", "w3"], ["y"], name="third"),
+    ]
+    return build(nodes, weights | {"high": np.float32(2)}, ["n", 8, 12, 12])
+
+
 def post_norm() -> ir.Model:
     """A block of a transformer: products and the residual read what a LayerNormalization writes."""
     weights = {name: RNG.standard_normal((16, 16)).astype(np.float32) / 4 for name in ("m1", "m2", "m3")}
@@ -120,6 +140,7 @@ MODELS = [
     (chain, samples((1, 8, 12, 12))),
     (summed, samples((1, 8, 12, 12))),
     (gated, samples((1, 8, 12, 12))),
+    (scaled, samples((1, 8, 12, 12))),
     (post_norm, samples((2, 6, 16))),
     (lambda: model_io.load(branched()), [feed(k, bool(k % 2)) for k in range(12)]),
 ]
