@@ -84,6 +84,11 @@ class Stored:
         return None if value is None else value.dtype
 
     @property
+    def whole(self) -> bool:
+        """Whether what is stored is of a type of whole numbers that NumPy has."""
+        return self.zero is not None and self.zero.dtype.kind in "iu"
+
+    @property
     def params(self) -> QParams:
         """Scale and zero point; both must be constants."""
         assert self.scale is not None and self.zero is not None
@@ -138,7 +143,7 @@ def weight_constant(stored: Stored) -> np.ndarray | None:
     if direct is not None:
         return direct
     q = stored.integers.producer()
-    if q is None or not is_op(q, "QuantizeLinear") or stored.scale is None or stored.zero is None:
+    if q is None or not is_op(q, "QuantizeLinear") or stored.scale is None or not stored.whole:
         return None
     source = constant(q.inputs[0])
     if source is None:
@@ -242,7 +247,7 @@ def _result(node: ir.Node, broken: dict[str, str]) -> None:
             broken.setdefault("computed-scale", f"scale or zero point of {stored.integers.name!r} is computed")
             return
         _activation(stored, node.op_type, broken)
-        if tail is not None and stored.axis is None and not fits(stored.params, tail):
+        if tail is not None and stored.axis is None and stored.whole and not fits(stored.params, tail):
             low, high = stored.params.low, stored.params.high
             broken["saturation"] = (
                 f"{tail.op_type} {tail.name!r} does not end where storing {value.name!r} does: [{low:.4g}, {high:.4g}]"

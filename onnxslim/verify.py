@@ -2,7 +2,8 @@
 
 For every output (a sequence or map counts as several), over all samples together:
 
-* relative L2 error ‖got - want‖ / ‖want‖ (the absolute norm where the reference is all zeros),
+* relative L2 error ‖got - want‖ / ‖want‖ (the absolute norm where the reference is all zeros); of truth values and
+  text, the share that differs,
 * largest absolute error, and the same over the largest magnitude of the reference,
 * cosine, and how often the arg max along the class axis agrees,
 * how many elements are NaN or infinite in one of the two only, and how many are in the reference: about those nothing
@@ -319,7 +320,7 @@ class _Pair:
         self.error = self.want = self.got = self.dot = 0.0
         self.max_abs = self.peak = 0.0
         self.nonfinite = self.mismatches = self.elements = self.unjudged = 0
-        self.agree = self.rows = 0
+        self.agree = self.rows = self.others = 0
         self._first: tuple[np.ndarray, np.ndarray] | None = None
         self._spread = [0.0, 0.0]
 
@@ -343,6 +344,7 @@ class _Pair:
         if want.dtype.kind not in "fcV":
             self.mismatches += int(np.sum(want != got))
             if want.dtype.kind not in "iu":
+                self.others += want.size
                 return
         self._floats(want, got)
 
@@ -390,13 +392,17 @@ class _Pair:
         scale = math.sqrt(self.want * self.got)
         blind = 0 < self.elements == self.unjudged
         relative = math.sqrt(self.error / self.want) if self.want else math.sqrt(self.error)
+        cosine = self.dot / scale if scale else float(self.want == self.got)
+        if self.others:
+            relative = self.mismatches / self.others
+            cosine = 1 - relative
         return OutputFidelity(
             output=self.name,
             dtype=self.dtype,
             relative_l2=math.nan if blind else relative,
             max_abs=self.max_abs,
             max_rel=self.max_abs / self.peak if self.peak else self.max_abs,
-            cosine=math.nan if blind else self.dot / scale if scale else float(self.want == self.got),
+            cosine=math.nan if blind else cosine,
             top1_agreement=self.agree / self.rows if self.rows else None,
             nonfinite=self.nonfinite,
             mismatches=self.mismatches,

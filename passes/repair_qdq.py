@@ -14,6 +14,7 @@ from onnxslim import calibration, integer, ranges
 from onnxslim import graph as g
 from onnxslim.calibration import Histogram
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
+from onnxslim.errors import ModelError
 from onnxslim.qdq import merge_row, moves_values
 from onnxslim.quantization import (
     QParams,
@@ -70,7 +71,10 @@ class RepairQdq(Pass):
             return Outcome({"found": 0, "repaired": 0}, [Skip("*", "the model has no DequantizeLinear")])
         name_all_nodes(model)
         feed = ctx.calibration.feed(ctx.calibration[0]) if len(ctx.calibration) else {}
-        before = integer.prove(model, feed, threads=ctx.threads)
+        try:
+            before = integer.prove(model, feed, threads=ctx.threads)
+        except ModelError as error:
+            return Outcome({"found": 0, "repaired": 0}, [Skip("*", f"its kernels cannot be seen: {error}")])
         blocked = {layer.name for layer in before.layers if layer.kernel is None}
         repairs = _Repairs(model, ctx)
         found = {f for _, f in _items(model, blocked)}
@@ -210,6 +214,8 @@ class _Repairs:
         producer = value.producer()
         if producer is None or producer.graph is None or not all(map(g.is_constant, q.inputs[1:])):
             return self._refuse(node, "several-readers", f"the scale of {q.outputs[0].name!r} is computed")
+        if q.graph is not producer.graph:
+            return self._refuse(node, "several-readers", f"{value.name!r} is stored in a branch only")
         # The others may stand before it.
         producer.graph.remove(q)
         producer.graph.insert_after(producer, q)
@@ -257,9 +263,10 @@ class _Repairs:
         while stack:
             start = stack.pop()
             chain = _integers(start.outputs[0])
-            if chain is None or not all(g.is_constant(end.inputs[1]) for end in chain.ends):
+            if chain is None:
                 return None
-            if any((g.constant(end.inputs[1]) or np.zeros(2)).size > 1 for end in chain.ends):
+            scales = [g.constant(end.inputs[1]) for end in chain.ends]
+            if any(scale is None or scale.size > 1 for scale in scales):
                 return None
             ends += [start, *chain.ends]
             for end in chain.ends:
@@ -363,21 +370,30 @@ class _Repairs:
         if weight is None or any(size != 1 for size in array.shape[:-1]):
             return self._refuse(node, rule, f"its bias {bias.name!r} is not a row of constants")
         channels = weight.shape[weight_axis(node, weight.ndim)]
-        params = bias_params(second.params, first.scale.reshape(()), channels)
         row = np.broadcast_to(array.reshape(-1), (channels,))
+        stored = self._stored_row(node, rule, row, bias_params(second.params, first.scale.reshape(()), channels), node)
+        if stored is None:
+            return False
+        node.replace_input_with(2, stored)
+        return True
+
+    def _stored_row(
+        self, node: ir.Node, rule: str, row: np.ndarray, params: QParams, before: ir.Node
+    ) -> ir.Value | None:
+        """``row`` in 32 bits, read back in front of ``before``; None where it does not fit in."""
         if np.abs(row / params.scale).max(initial=0) > np.iinfo(np.int32).max:
-            return self._refuse(node, rule, f"its bias {bias.name!r} does not fit in 32 bits at the scale it needs")
-        name = f"{bias.name}_stored"
+            self._refuse(node, rule, "its bias does not fit in 32 bits at the scale it needs")
+            return None
+        name = f"{node.name}_bias"
         inputs = [
-            g.add_constant(self.graph, name, quantize(row, params)),
+            g.add_constant(self.graph, f"{name}_stored", quantize(row, params)),
             g.add_constant(self.graph, f"{name}_scale", params.scale),
             g.add_constant(self.graph, f"{name}_zero_point", params.zero_point),
         ]
         attributes = {} if params.axis is None else {"axis": params.axis}
-        dq = g.add_node(self.graph, "DequantizeLinear", inputs, before=node, attributes=attributes, hint=name)
+        dq = g.add_node(self.graph, "DequantizeLinear", inputs, before=before, attributes=attributes, hint=name)
         dq.outputs[0].dtype, dq.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(row.shape)
-        node.replace_input_with(2, dq.outputs[0])
-        return True
+        return dq.outputs[0]
 
     def _merge_row(self, node: ir.Node) -> bool:
         """Make a Gemm with a stored bias of a MatMul and the row added behind it."""
@@ -394,14 +410,10 @@ class _Repairs:
         if shape is None or (len(shape) != 2 and None in shape):
             return self._refuse(node, "matmul-add", "the shape of its result is not known")
         params = bias_params(second.params, first.scale.reshape(()), weight.shape[1])
-        inputs = [
-            g.add_constant(self.graph, f"{node.name}_bias", quantize(array, params)),
-            g.add_constant(self.graph, f"{node.name}_bias_scale", params.scale),
-            g.add_constant(self.graph, f"{node.name}_bias_zero_point", params.zero_point),
-        ]
-        attributes = {} if params.axis is None else {"axis": params.axis}
-        dq = g.add_node(self.graph, "DequantizeLinear", inputs, before=row, attributes=attributes, hint=f"{node.name}")
-        merge_row(self.graph, node, row, dq.outputs[0], node.name or "")
+        bias = self._stored_row(node, "matmul-add", array, params, row)
+        if bias is None:
+            return False
+        merge_row(self.graph, node, row, bias, node.name or "")
         return True
 
 

@@ -49,6 +49,41 @@ def test_wrong_results_are_really_wrong(op: str, defect: str) -> None:
     assert bool(integer.prove(model_io.load(proto)).wrong) == (gap(meant, got) > 0.02)
 
 
+@pytest.mark.parametrize("where", ["result", "weight"])
+def test_other_storage_types_are_named(where: str) -> None:
+    """8-bit floats, and 4-bit integers made of a float weight at run time, have no integer kernel and no range."""
+    kind = onnx.TensorProto.FLOAT8E4M3FN if where == "result" else onnx.TensorProto.INT4
+    proto = group("Gemm")
+    graph = proto.graph
+    zero = onnx.helper.make_tensor("other", kind, [], [0])
+    graph.initializer.append(zero)
+    if where == "result":
+        for node in graph.node:
+            node.input[:] = ["other" if name == "y0_z" else name for name in node.input]
+    else:
+        node = next(n for n in graph.node if n.output[0] == "w0")
+        node.input[:] = ["w_stored", "one", "other"]
+        weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+        arrays = {"w_float": weight, "one": np.float32(1)}
+        graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items())
+        graph.node.insert(0, onnx.helper.make_node("QuantizeLinear", ["w_float", "one", "other"], ["w_stored"]))
+    proto.opset_import[0].version, proto.ir_version = 21, 10
+    model = model_io.load(proto)
+    layer = next(node for node in model.graph if node.name == "layer0")
+    assert "storage-type" in [finding.rule for finding in findings(layer)]
+    assert integer.prove(model).fraction == 0
+
+
+def test_maps_among_the_outputs_do_not_hide_the_graph() -> None:
+    text = """
+        <ir_version: 8, opset_import: ["" : 17, "ai.onnx.ml" : 3]>
+        g (float[n, 32] x) => (seq(map(int64, float)) y) {
+            a = MatMul(x, w) y = ai.onnx.ml.ZipMap <classlabels_int64s = [0, 1]> (a) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((32, 2), np.float32), "w"))
+    assert [layer.op_type for layer in integer.prove(model_io.load(proto)).layers] == ["MatMul"]
+
+
 def test_macs_are_weighed_and_not_only_layers() -> None:
     """One of two layers of the same size reads a signed value with two readers, and the other is whole."""
     model = model_io.load(group("Conv", copies=2, storage=np.int8, readers=2))

@@ -132,6 +132,18 @@ def test_the_sign_of_infinity_counts() -> None:
     assert _measure(plus, minus).broken() is not None
 
 
+@pytest.mark.parametrize("dtype", [bool, object])
+def test_truth_values_and_texts_that_differ_are_an_error(dtype: Any) -> None:
+    want = np.array([0, 1, 1, 0, 1]).astype(dtype)
+    answers = [{"y": want}, {"y": want[::-1]}]
+    reference = verify.Reference(_Fixed(answers), _data(2))
+    for other, share in (({"y": want}, 0.4), ({"y": np.array([1, 0, 0, 1, 0]).astype(dtype)}, 0.6)):
+        fidelity, _ = verify.measure(reference, _Fixed([other] * 2))
+        assert fidelity.relative_l2 == pytest.approx(share)
+        assert fidelity.outputs[0].cosine == pytest.approx(1 - share)
+    assert verify.measure(reference, _Fixed(answers))[0].relative_l2 == 0
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, object])
 def test_integers_booleans_and_texts_must_be_equal(dtype: Any) -> None:
     want = [np.array([[0, 1, 2, 3]]).astype(dtype)]

@@ -104,6 +104,56 @@ def test_a_sound_model_stays_as_it_is(op: str) -> None:
     assert distance(proto, repaired, op, (True, True)) == 0
 
 
+@pytest.mark.parametrize("op, defect", [("Gemm", "float bias without Q"), ("MatMul", "row behind a MatMul")])
+def test_a_bias_that_32_bits_do_not_hold_stays(op: str, defect: str) -> None:
+    """The weights of one channel are almost zero, and so is the scale that its bias would need."""
+    proto = planted(op, defect)
+    scale = next(t for t in proto.graph.initializer if t.name == "w0_s")
+    scales = onnx.numpy_helper.to_array(scale).copy()
+    scales[3] = 1e-12
+    scale.CopyFrom(onnx.numpy_helper.from_array(scales, "w0_s"))
+    repaired, outcome = repair(proto, op)
+    assert outcome.stats["repaired"] == 0
+    assert ["does not fit in 32 bits" in skip.reason for skip in outcome.skipped] == [True]
+    assert distance(proto, repaired, op, (False, True)) < 0.005
+
+
+def test_readers_in_a_branch_are_no_reason_to_fail() -> None:
+    """The result is stored inside an If only; and behind another, where a Relu follows, with a scale per channel."""
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1, 32, 6, 6] x, bool p) => (float[1, 32, 6, 6] y, float[1, 32, 6, 6] z) {
+            q = QuantizeLinear(x, s, zero) d = DequantizeLinear(q, s, zero) w = DequantizeLinear(wq, s, wzero)
+            z = Conv <pads=[1, 1, 1, 1]> (d, w)
+            y = If (p) <
+                then_branch = t () => (float[1, 32, 6, 6] a) {
+                    e = QuantizeLinear(z, s, zero) a = DequantizeLinear(e, s, zero) },
+                else_branch = f () => (float[1, 32, 6, 6] b) { b = Neg(z) }
+            > }"""
+    proto = onnx.parser.parse_model(text)
+    weights = {"s": np.float32(0.1), "zero": np.uint8(128), "wzero": np.int8(0)}
+    weights["wq"] = np.random.default_rng(0).integers(-9, 9, (32, 32, 3, 3)).astype(np.int8)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items())
+    model = model_io.load(proto)
+    given = [{**feed("Conv", k), "p": np.array(True)} for k in range(2)]
+    outcome = RepairQdq().apply(model, Context(calibration=data.open_data(given, data.input_specs(model)), threads=1))
+    assert outcome.stats["repaired"] == 0
+    want, got = (runtime.load(m)(given[0]) for m in (proto.SerializeToString(), model))
+    assert gap(want, got) < 0.01
+
+
+def test_a_model_that_does_not_load_is_left_with_the_reason() -> None:
+    proto = group("Gemm")
+    proto.graph.node.append(onnx.helper.make_node("Odd", ["y"], ["odd"], domain="nobody"))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("odd", onnx.TensorProto.FLOAT, None))
+    proto.opset_import.append(onnx.helper.make_opsetid("nobody", 1))
+    model = model_io.load(proto)
+    samples = data.open_data([feed("Gemm")], data.input_specs(model))
+    outcome = RepairQdq().apply(model, Context(calibration=samples, threads=1))
+    assert outcome.stats == {"found": 0, "repaired": 0}
+    assert "cannot be seen" in outcome.skipped[0].reason and "Odd" in outcome.skipped[0].reason
+
+
 def test_a_float_model_stays_as_it_is() -> None:
     repaired, outcome = repair_tiny()
     assert repaired.SerializeToString() == model_io.to_proto(model_io.load(tiny_proto())).SerializeToString()
