@@ -8,7 +8,6 @@ it so that the output appears whole or not at all, with external data that belon
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import io
 import os
@@ -24,7 +23,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import RemoveInitializersFromInputsPass, TopologicalSortPass
 
-from onnxslim import inference, lifting, maps, protos, wire
+from onnxslim import external_data, inference, lifting, maps, protos, wire
 from onnxslim.errors import ModelError, UsageError
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights they go to a file of their own.
@@ -210,7 +209,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
         raise ModelError(f"{path}: the folder {folder} does not exist")
     if external is None:
         external = weight_bytes(model) > INLINE_LIMIT
-    old_data = _owned_data(path)
+    old_data = external_data.owned(path)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=folder) as temporary:
             draft = Path(temporary) / path.name
@@ -225,7 +224,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
     if old_data:
         tensors = (value.const_value for value in model.graph.initializers.values())
         used = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
-        for file in old_data - used.union(*map(_data_files, folder.glob("*.onnx"))):
+        for file in old_data - used.union(*map(external_data.referred, folder.glob("*.onnx"))):
             file.unlink(missing_ok=True)
     return path
 
@@ -301,7 +300,7 @@ def on_disk(model: ir.Model) -> Iterator[Path]:
     """``model`` as a temporary file with external data, for runtimes that must not hold a second copy in memory."""
     with tempfile.TemporaryDirectory(prefix="onnxslim-") as temporary:
         path = Path(temporary) / "model.onnx"
-        ir.save(model.clone(), path, external_data="weights.data")
+        external_data.write(model, path)
         yield path
 
 
@@ -466,8 +465,7 @@ def _sync(path: Path) -> None:
 
 
 def _write_external(model: ir.Model, draft: Path, folder: Path) -> None:
-    ir.save(model.clone(), draft, external_data="weights.data")
-    weights = draft.parent / "weights.data"
+    weights = external_data.write(model, draft)
     if not weights.exists():  # nothing above the size that is worth a reference
         return
     digest = hashlib.sha256()
@@ -483,18 +481,3 @@ def _write_external(model: ir.Model, draft: Path, folder: Path) -> None:
     _write(draft, [proto.SerializeToString(deterministic=True)])
     _sync(weights)
     shutil.move(weights, folder / name)
-
-
-def _owned_data(path: Path) -> set[Path]:
-    """The data files that an earlier `save` to ``path`` left beside it."""
-    pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * 12}.data"
-    return _data_files(path).intersection(path.parent.resolve().glob(pattern)) if path.exists() else set()
-
-
-def _data_files(path: Path) -> set[Path]:
-    """The files that hold weights of the model in the file ``path``; none where that is no model."""
-    try:
-        proto = _parse(wire.outline_file(path)[0], str(path))
-    except (OSError, ModelError):
-        return set()
-    return {(path.parent / location).resolve() for location in protos.locations(proto)}

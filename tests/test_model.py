@@ -311,6 +311,29 @@ def test_external_output_owns_its_data(proto: onnx.ModelProto, tmp_path: Path, w
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx"]
 
 
+def test_text_stays_inside(tmp_path: Path) -> None:
+    names = np.array([f"class {k}, 猫" for k in range(1000)], object)
+    nodes = [
+        helper.make_node("ArgMax", ["x"], ["i"], axis=1, keepdims=0),
+        helper.make_node("Gather", ["n", "i"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["data", "w"], ["x"]), *nodes],
+        "g",
+        [helper.make_tensor_value_info("data", TensorProto.FLOAT, [1, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.STRING, [1])],
+        [numpy_helper.from_array(names, "n"), numpy_helper.from_array(np.eye(8, 1000, 7, np.float32), "w")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = model_io.load(proto)
+    path = model_io.save(model, tmp_path / "out.onnx", external=True)
+    feed = {"data": np.eye(1, 8, dtype=np.float32)}
+    assert list(tmp_path.glob("*.data"))
+    with model_io.on_disk(model) as temporary:
+        for file in (path, temporary):
+            assert runtime.load(file)(feed)["y"].tolist() == ["class 7, 猫"]
+
+
 def test_data_that_somebody_refers_to_stays(proto: onnx.ModelProto, tmp_path: Path, wanted: np.ndarray) -> None:
     path, copy = tmp_path / "out.onnx", tmp_path / "copy.onnx"
     model_io.save(model_io.load(proto), path, external=True)
