@@ -221,7 +221,7 @@ class _Run:
         if found is not None:
             try:
                 found(runtime.run(self.runner, self.samples.judging.feed(first)), first, {})
-            except DataError as error:
+            except (DataError, UsageError) as error:
                 self.ctx.warnings.append(f"the labels were not used ({error}); give --metric")
                 return None
         return found

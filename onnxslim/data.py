@@ -149,9 +149,13 @@ def open_data(source: Source, specs: Sequence[InputSpec], *, what: str = "calibr
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
         path = Path(text)
-        if path.is_dir():
+        try:
+            folder, there = path.is_dir(), path.exists()
+        except OSError as error:
+            raise DataError(f"{what} data: {text}: {error.strerror}") from error
+        if folder:
             data = _open_folder(path, specs, what)
-        elif path.exists():
+        elif there:
             data = _open_npz(path, specs, what)
         elif ":" in text and path.suffix != ".npz":
             data = _from_iterable(_called(resolve(text, what), text, what), text, specs, what)
@@ -173,8 +177,10 @@ def resolve(text: str, what: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{what}: cannot import {text!r}: {error}; give module:function") from error
+    except Exception as error:  # the user's own code may raise anything
+        raise UsageError(
+            f"{what}: cannot import {text!r}: {type(error).__name__}: {error}; give module:function"
+        ) from error
     if not callable(found):
         raise UsageError(f"{what}: {text!r} is not a function")
     return found
@@ -303,12 +309,18 @@ def _from_iterable(items: Any, origin: str, specs: Sequence[InputSpec], what: st
     kept = items if isinstance(items, Sequence) else _called(lambda: list(items), origin, what)
 
     def load(k: int) -> Sample:
-        if not isinstance(kept[k], Mapping):
-            found = type(kept[k]).__name__
-            raise DataError(f"{what} data: {origin}: sample {k} is {found}, not a {{name: array}} mapping")
-        return {name: np.asarray(value) for name, value in kept[k].items()}
+        try:
+            item = kept[k]
+            if isinstance(item, Mapping):
+                return {name: np.asarray(value) for name, value in item.items()}
+        except Exception as error:  # the user's own code, and arrays of any library, may raise anything
+            raise DataError(f"{where(k)} raised {type(error).__name__}: {error}") from error
+        raise DataError(f"{where(k)} is {type(item).__name__}, not a {{name: array}} mapping")
 
-    return Data(origin, len(kept), load, specs, lambda k: f"{what} data: {origin}: sample {k}")
+    def where(k: int) -> str:
+        return f"{what} data: {origin}: sample {k}"
+
+    return Data(origin, len(kept), load, specs, where)
 
 
 def synthetic(

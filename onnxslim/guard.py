@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import types
 from collections.abc import Callable
 
 from onnxslim.console import message
@@ -31,7 +32,7 @@ _board: mmap.mmap | None = None
 def doing(text: str, code: int) -> None:
     """Note what is at work, and the exit code should the process end with it."""
     if _board is not None:
-        _board[:] = f"{code} {text}".encode()[: _SIZE - 1].ljust(_SIZE, b"\0")
+        _board[:] = f"{code} {text}".encode(errors="replace")[: _SIZE - 1].ljust(_SIZE, b"\0")
 
 
 def apart(work: Callable[[], int]) -> int:
@@ -50,6 +51,8 @@ def apart(work: Callable[[], int]) -> int:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(128 + signal.SIGKILL)
+        for number in _PASSED_ON:
+            signal.signal(number, _leave)
         sys.exit(work())
     # A terminal sends an interrupt to both, and the child says so.
     before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
@@ -65,6 +68,12 @@ def apart(work: Callable[[], int]) -> int:
 def also(work: Callable[[], int]) -> int:
     """`apart` for one of many parts of what is guarded already, so that the others go on; else just ``work``."""
     return work() if _board is None else apart(work)
+
+
+def _leave(number: int, _: types.FrameType | None) -> None:
+    """End in good order, so that temporary files go; at once when told again."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
 
 
 def _ended(number: signal.Signals) -> int:

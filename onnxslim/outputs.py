@@ -31,6 +31,12 @@ class Outputs:
         Raises:
             UsageError: says which file, and why not.
         """
+        try:
+            self._check(models, [Path(text) for text in data if text is not None])
+        except OSError as error:
+            raise UsageError(f"{error.filename}: {error.strerror}") from error
+
+    def _check(self, models: Sequence[Path], data: Sequence[Path]) -> None:
         for path in models:
             if not path.is_file():
                 raise UsageError(f"{path}: {'is a folder, not an ONNX file' if path.is_dir() else 'no such file'}")
@@ -39,7 +45,7 @@ class Outputs:
             raise UsageError("--json, --csv and --markdown: only one of them can go to stdout; give the others a file")
         files = [Path(place) for place in views if place is not None and place != "-"]
         files += [path for path in (self.page, self.model) if path is not None]
-        given = [*models, *(Path(text) for text in data if text is not None and Path(text).is_file())]
+        given = [*models, *(path for path in data if path.is_file())]
         seen: set[Path] = set()
         for path in files:
             if path.absolute() in seen:

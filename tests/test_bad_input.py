@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -132,6 +133,8 @@ def _data(folder: Path) -> dict[str, str]:
         "missing.npz": "no such file",
         "no.module:load": "cannot import",
         "os:stat": "raised TypeError",
+        "./own.py:load": "cannot import",
+        "a" * 300 + ".npz": "File name too long",
     }
 
 
@@ -167,6 +170,7 @@ def test_unusable_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--seed", "x"], "--seed"),
         (["--no-such-option"], "--no-such-option"),
         (["one", "more"], "unexpected extra argument"),
+        (["--json", "j" * 300], "File name too long"),
     ],
 )
 def test_bad_usage(
@@ -310,6 +314,18 @@ def test_models_that_the_runtime_refuses_are_bad_input_once_data_is_given(
     onnx.save(proto, path)
     np.savez(tmp_path / "x.npz", x=GOOD)
     assert "cannot load it" in _fails(capsys, tmp_path, str(path), "out.onnx", "--calib", str(tmp_path / "x.npz"))
+
+
+def test_a_name_that_is_no_text_is_a_name(proto: onnx.ModelProto, tmp_path: Path) -> None:
+    names = [os.fsencode(tmp_path) + name for name in (b"/caf\xe9.onnx", b"/out-\xe9.onnx")]
+    Path(os.fsdecode(names[0])).write_bytes(proto.SerializeToString())
+    command = [sys.executable, "-m", "onnxslim", *names, "--no-bench"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+    assert Path(os.fsdecode(names[1])).exists()
+    command[3] = os.fsencode(tmp_path) + b"/none-\xe9.onnx"
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 2 and b"no such file" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["truncated", "pickled data", "unknown pass"])

@@ -94,5 +94,7 @@ def test_labels_that_do_not_fit_are_left_out_unless_asked_for(tiny: Path, sample
     result = optimize(tiny, evaluation=odd)
     assert result.report.metric is None
     assert any("the labels were not used" in line for line in result.report.warnings)
+    nobody = [{"x": samples(1)["x"], "labels": np.zeros(0, np.int64)}] * 2
+    assert any("the labels were not used" in line for line in optimize(tiny, evaluation=nobody).report.warnings)
     with pytest.raises(DataError, match="label 1000 with 3 classes"):
         optimize(tiny, evaluation=odd, metric="top1")

@@ -182,11 +182,16 @@ def _broken_sources(tmp_path: Path) -> dict[str, tuple[Any, str]]:
     cases["module"] = "no_such_module:load", "cannot import"
     cases["not a function"] = "os:name", "is not a function"
     cases["raises"] = "os:abs_of_nothing", "cannot import"
+    (tmp_path / "faulty_module.py").write_text("load = undefined")
+    cases["a file"] = "./data.py:load", "cannot import"
+    cases["faulty module"] = "faulty_module:load", "NameError: name 'undefined' is not defined"
+    cases["ragged"] = [{"x": [[1.0], [1.0, 2.0]]}], "sample 0 raised ValueError"
     cases["wrong call"] = "os:stat", "raised TypeError"
     return cases
 
 
-def test_unusable_data_is_one_clear_error(tmp_path: Path) -> None:
+def test_unusable_data_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
     for name, (source, message) in _broken_sources(tmp_path).items():
         with pytest.raises((DataError, UsageError), match=message):
             data_io.open_data(source, SPECS)

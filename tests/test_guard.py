@@ -80,6 +80,16 @@ def test_the_child_ends_with_its_parent(number: signal.Signals) -> None:
     assert _gone(child)
 
 
+def test_told_to_end_it_removes_temporary_files(tmp_path: Path) -> None:
+    body = f"import tempfile; t = tempfile.TemporaryDirectory(dir={str(tmp_path)!r}); "
+    process = start(body + "t.__enter__(); print(os.getpid(), flush=True); time.sleep(60); return 0")
+    _child(process)
+    assert list(tmp_path.iterdir())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_are_guarded_only_where_the_whole_is() -> None:
     here = os.getpid()
     assert guard.also(lambda: int(os.getpid() == here)) == 1
