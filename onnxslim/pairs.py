@@ -100,6 +100,10 @@ def _squeezed_slice(node: ir.Node, before: ir.Node, shapes: Shapes, top: ir.Grap
     inside = -size <= start < size if isinstance(size, int) else start in (0, -1)
     if not inside or result != (*shape[:axis], *shape[axis + 1 :]):
         return False
+    if start < 0 and shapes.opset < 11:  # Gather counts from the front only
+        if not isinstance(size, int):
+            return False
+        start += size
     _to_gather(node, source, axis, np.array(start, np.int64), top)
     return True
 

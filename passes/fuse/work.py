@@ -60,6 +60,8 @@ class Work:
     def split(self, value: ir.Value, axis: int, sizes: list[int], before: ir.Node, parts: list[ir.Node]) -> None:
         """Split ``value`` along ``axis`` (negative) into what the readers of the first outputs of ``parts`` read."""
         inputs: list[ir.Value | None] = [value]
+        if value.shape is not None:  # before opset 11 Split counts from the front only
+            axis += len(value.shape)
         attributes: dict[str, Any] = {"axis": axis}
         if g.opset(self.model) >= 13:
             inputs.append(self.constant(np.array(sizes, np.int64)))

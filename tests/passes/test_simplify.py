@@ -394,6 +394,13 @@ def test_old_and_new_forms_of_the_operators(opset: int) -> None:
     check(proto, ["Exp"], n=2)
 
 
+def test_the_last_step_has_a_number_that_old_operators_know() -> None:
+    nodes = "a = Slice<starts=[-1], ends=[9], axes=[1]>(x) y = Squeeze<axes=[1]>(a)"
+    text = f"(float[n, 5, 4] x) => (float[n, 4] y) {{ {nodes} }}"
+    result = check(build(text, 9), ["Gather"], n=2)
+    assert [numpy_helper.to_array(t).item() for t in result.graph.initializer] == [4]
+
+
 def test_what_was_done_is_counted_and_what_was_left_is_named() -> None:
     proto = build(
         """(float[n, 64] x) => (float[n, 64] y) {
