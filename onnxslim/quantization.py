@@ -176,7 +176,9 @@ def within_pairs(steps: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 def may_saturate(stored: np.ndarray, pairs: np.ndarray) -> bool:
     """Whether two products of u8 with a pair of the int8 weights ``stored`` (channels, K) can leave signed 16 bits."""
-    return bool(np.abs(stored.astype(np.int32)[:, pairs].sum(2)).max(initial=0) > LARGEST_PAIR)
+    height = max(BLOCK // max(stored.shape[1], 1), 1)
+    blocks = (stored[start : start + height].astype(np.int32) for start in range(0, len(stored), height))
+    return any(np.abs(block[:, pairs].sum(2)).max(initial=0) > LARGEST_PAIR for block in blocks)
 
 
 def _rows(array: np.ndarray, axis: int) -> np.ndarray:
