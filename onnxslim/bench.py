@@ -14,7 +14,7 @@ import numpy as np
 from onnxslim import doctor, timing, workers
 from onnxslim.contract import NoProgress, Progress
 from onnxslim.eps import Ep, parse
-from onnxslim.errors import ModelError, UsageError
+from onnxslim.errors import DataError, ModelError, UsageError
 from onnxslim.pages import samples
 from onnxslim.plots import Span, Spans
 from onnxslim.sheet import Column, Row, Sheet, speed_text, tables
@@ -335,10 +335,10 @@ def report(
     An entry takes the place of one with the same provider. What could not be measured is returned, and is a warning
     of the report: the result is there all the same.
     """
-    feeds = list(samples(original, source, shapes, seed).spread(_SAMPLES).feeds())
     try:
+        feeds = list(samples(original, source, shapes, seed).spread(_SAMPLES).feeds())
         facts = measure([original, result], eps, {1: feeds}, threads=[threads], seed=seed)
-    except (ModelError, workers.MissingError) as error:
+    except (DataError, ModelError, workers.MissingError) as error:
         report.warnings.append(str(error))
         return [str(error)]
     found = entries(facts)

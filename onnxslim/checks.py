@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnxslim import model as model_io
 from onnxslim import runtime, verify
 from onnxslim.contract import Context, Effect, Missed, Pass
 from onnxslim.data import Data, Sample, synthetic
-from onnxslim.errors import ModelError
+from onnxslim.errors import ModelError, UsageError
 from onnxslim.graph import count_nodes
 from onnxslim.metrics import Metric, allowed_drop
 
@@ -28,8 +29,16 @@ class Budget:
 
     @classmethod
     def of(cls, reference: verify.Reference, metric: Metric, max_drop: str | float | None) -> Budget:
-        """Measure the original and turn ``max_drop`` into the unit of ``metric``."""
+        """Measure the original and turn ``max_drop`` into the unit of ``metric``.
+
+        Raises:
+            UsageError: the metric is no number for the original.
+        """
         before = verify.score(reference, metric)
+        if not math.isfinite(before):
+            raise UsageError(
+                f"metric {metric.name}: is {before} for the original on {reference.data.origin}: no budget"
+            )
         return cls(metric, before, None if max_drop is None else allowed_drop(max_drop, before))
 
     def missed(self, value: float) -> Missed | None:

@@ -195,7 +195,10 @@ def optimize_command(
     if providers:
         from onnxslim import bench
 
-        missing = bench.report(result.report, source, target_path, providers, calib, shapes, threads=threads, seed=seed)
+        missing = bench.report(
+            result.report, source, target_path, providers, calib or evaluation, {**fixed, **shapes},
+            threads=threads, seed=seed,
+        )  # fmt: skip
     if page_to is not None:
         write(page_to, result.report.to_html(f"{source.name} → {target_path.name}"))
     outputs.show(result.report.to_json(), result.report.table())
@@ -379,7 +382,8 @@ def run_recipe(recipe: Path) -> int:
     command = cli.commands[DEFAULT]
     known = {opt[2:]: p for p in command.params for opt in p.opts if opt.startswith("--")}
     flags = [name for name, p in known.items() if isinstance(p, click.Option) and p.is_flag]
-    jobs = config.read(recipe, known, flags)
+    several = [name for name, p in known.items() if isinstance(p, click.Option) and p.multiple]
+    jobs = config.read(recipe, known, flags, several)
     worst = 0
     folder = Path.cwd()
     os.chdir(recipe.absolute().parent)
@@ -388,7 +392,9 @@ def run_recipe(recipe: Path) -> int:
             message(f"onnxslim: {job.source} -> {job.target}")
             arguments = [job.source, job.target, *job.arguments]
             make = functools.partial(command.main, arguments, prog_name="onnxslim", standalone_mode=False)
-            worst = max(worst, guard.also(make))
+            worst = max(worst, code := guard.also(make))
+            if guard.was_told(code):
+                break
     finally:
         os.chdir(folder)
     return worst

@@ -34,11 +34,12 @@ class Job:
     arguments: tuple[str, ...]
 
 
-def read(path: Path, options: Collection[str], flags: Collection[str]) -> list[Job]:
+def read(path: Path, options: Collection[str], flags: Collection[str], several: Collection[str]) -> list[Job]:
     """The jobs of a recipe.
 
     Args:
-        options: long options that the command has, without dashes; ``flags`` those of them that take no value.
+        options: long options that the command has, without dashes; ``flags`` those of them that take no value, and
+            ``several`` those that may be repeated.
 
     Raises:
         UsageError: the file cannot be read, is no TOML, or holds what the command does not know.
@@ -67,6 +68,8 @@ def read(path: Path, options: Collection[str], flags: Collection[str]) -> list[J
                 near = difflib.get_close_matches(name, options, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UsageError(f"{where}: unknown option {name!r}: there are {', '.join(sorted(options))}{hint}")
+            if isinstance(value, list) and name not in several:
+                raise UsageError(f"{where}: {name} takes one value, not a list")
             arguments += _arguments(name, value, name in flags, where)
         jobs.append(Job(found["in"], found["out"], tuple(arguments)))
     targets = [job.target for job in jobs]

@@ -128,7 +128,7 @@ def _activations(graph: ir.Graph, shapes: _Shapes) -> int | None:
                     return None
                 alive[value] = size
         peak = max(peak, sum(alive.values()))
-        ending = [v for v in {*node.inputs, *node.outputs} if v in alive and v not in kept and last.get(v, k) <= k]
+        ending = [v for v in alive if v not in kept and last.get(v, k) <= k]
         for value in ending:
             del alive[value]
     return peak
@@ -235,7 +235,8 @@ class _Counter:
             self.unknown.append(name)
         output = self._shapes(node.outputs[0]) if node.outputs else None
         weight_bytes = sum(v.const_value.nbytes for v in fresh if v.const_value is not None)
-        self.table.append(NodeCost(name, node.op_type, output, sum(map(_elements, fresh)), macs or 0, weight_bytes))
+        parameters = sum(_packed(node, v) or _elements(v) for v in fresh)
+        self.table.append(NodeCost(name, node.op_type, output, parameters, macs or 0, weight_bytes))
         return (macs or 0) + self._bodies(node)
 
     def _bodies(self, node: ir.Node) -> int:
@@ -246,7 +247,8 @@ class _Counter:
             return max(bodies)
         if node.op_type == "Scan":
             first = self._shapes(node.inputs[len(node.inputs) - int(attribute(node, "num_scan_inputs", 1))])
-            return sum(bodies) * (first[0] if first else 1)
+            axis = (attribute(node, "scan_input_axes", None) or [0])[0]
+            return sum(bodies) * (first[axis] if first else 1)
         return sum(bodies)
 
 
@@ -299,6 +301,12 @@ def _only_decodes(node: ir.Node) -> bool:
 def _decoders(node: ir.Node) -> list[ir.Node]:
     producers = [value.producer() for value in node.inputs if value is not None]
     return [producer for producer in producers if producer is not None and _only_decodes(producer)]
+
+
+def _packed(node: ir.Node, value: ir.Value) -> int:
+    """Elements of a weight of which several are stored in one byte; 0 for any other."""
+    packed = node.op_type == "MatMulNBits" and value is node.inputs[1]
+    return int(attribute(node, "K", 0)) * int(attribute(node, "N", 0)) if packed else 0
 
 
 def _elements(value: ir.Value) -> int:
@@ -407,6 +415,23 @@ def _packed_attention(node: ir.Node, shapes: _Shapes) -> int | None:
     return batch * length * weight[1] * width + batch * length * length * 2 * (weight[1] // 3)
 
 
+def _group_query_attention(node: ir.Node, shapes: _Shapes) -> int | None:
+    """Scores and weighted sums over what was there before and what comes.
+
+    The query is (batch, length, hidden), or holds the keys and values of all its heads as well; what was there before
+    is (batch, heads, length, size).
+    """
+    first, key, past = (*(node.inputs[k] for k in (0, 1)), node.inputs[3] if len(node.inputs) > 3 else None)
+    query, before = shapes(first), None if past is None else shapes(past)
+    if query is None or (past is not None and before is None):
+        return None
+    batch, length, hidden = query
+    if key is None:
+        heads, others = (int(attribute(node, name, 1)) for name in ("num_heads", "kv_num_heads"))
+        hidden = hidden * heads // (heads + 2 * others)
+    return batch * length * (length + (before[2] if before else 0)) * 2 * hidden
+
+
 def _n_bits(node: ir.Node, shapes: _Shapes) -> int | None:
     output = shapes(node.outputs[0])
     return None if output is None else math.prod(output) * int(attribute(node, "K", 0))
@@ -438,7 +463,9 @@ _MICROSOFT: dict[str, Rule] = {
     "DynamicQuantizeLSTM": _recurrent(4, hidden_axis=1),
     "MatMulNBits": _n_bits,
     "MultiHeadAttention": _multi_head_attention,
+    "GroupQueryAttention": _group_query_attention,
     "Attention": _packed_attention,
+    "QAttention": _packed_attention,
 }
 
 

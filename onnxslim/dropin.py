@@ -277,7 +277,7 @@ def _inspect(models: Sequence[Any], to_disk: bool) -> None:
         console.out().print(inspection.table(facts, nodes=False))
         if to_disk:
             name = Path(model).name if isinstance(model, str | os.PathLike) else f"OnnxModel_{k}"
-            with Path(f"{name}_model_info.csv").open("w", newline="") as file:
+            with Path(f"{name}_model_info.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, ["name", "op_type", "output", "parameters", "macs", "bytes"])
                 writer.writeheader()
                 writer.writerows(facts["table"])

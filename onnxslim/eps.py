@@ -134,7 +134,8 @@ def parse(text: str) -> list[Ep]:
             raise UsageError(f"unknown execution provider {name!r}: give one of {known}")
         if python is not None and not Path(python).exists():
             raise UsageError(f"execution provider {name!r}: there is no interpreter {python}")
-        item = Ep(name, _options(name, options or "()"), python)
+        # Links stay: an interpreter of a virtual environment is one.
+        item = Ep(name, _options(name, options or "()"), None if python is None else str(Path(python).absolute()))
         if item in found:
             raise UsageError(f"execution provider {part.strip()!r} is given twice")
         item.request()

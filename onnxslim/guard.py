@@ -70,6 +70,11 @@ def also(work: Callable[[], int]) -> int:
     return work() if _board is None else apart(work)
 
 
+def was_told(code: int) -> bool:
+    """Whether the exit code is that of a process that somebody told to end."""
+    return code - 128 in (signal.SIGINT, *_PASSED_ON)
+
+
 def _leave(number: int, _: types.FrameType | None) -> None:
     """End in good order, so that temporary files go; at once when told again."""
     signal.signal(number, signal.SIG_DFL)

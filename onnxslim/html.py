@@ -127,7 +127,8 @@ def headline(report: Mapping[str, Any]) -> str:
     parts.append("same size" if not change else f"{size} {'smaller' if change < 0 else 'larger'}")
     metric = report.get("metric")
     if metric is not None:
-        parts.append(f"{metric['name']} {metric['before']:.4f} → {metric['after']:.4f}")
+        after = "unknown" if metric["after"] is None else f"{metric['after']:.4f}"
+        parts.append(f"{metric['name']} {metric['before']:.4f} → {after}")
     elif report.get("fidelity"):
         errors = [o["relative_l2"] for o in report["fidelity"]["outputs"]]
         if None in errors:
@@ -154,9 +155,9 @@ def _sizes(report: Mapping[str, Any]) -> str:
         rows.append([Cell(name), _number(old), _number(new), Cell(f"{change:+.1%}", change, mark=mark)])
     metric = report.get("metric")
     if metric is not None:
-        change = metric["after"] - metric["before"]
         figures = [_number(metric[k], ".4f") for k in ("before", "after")]
-        rows.append([Cell(metric["name"]), *figures, Cell(f"{change:+.4f}", change)])
+        change = None if metric["after"] is None else metric["after"] - metric["before"]
+        rows.append([Cell(metric["name"]), *figures, _number(change, "+.4f")])
     return _table("Before and after", ("", "original", "result", "change"), rows, sortable=False)
 
 

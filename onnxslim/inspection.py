@@ -69,17 +69,21 @@ def _value(value: Any) -> dict[str, Any]:
 def table(facts: Mapping[str, Any], nodes: bool) -> RenderableType:
     """`inspect` for a terminal: one row per operator, or per node, dearest first."""
     head = Table(box=None, show_header=False, pad_edge=False)
-    head.add_row("file", facts["file"])
-    head.add_row("opset", ", ".join(f"{domain} {version}" for domain, version in facts["opsets"].items()))
+
+    def say(name: str, text: str) -> None:
+        head.add_row(Text(name), Text(text))  # names in brackets would pass for markup
+
+    say("file", facts["file"])
+    say("opset", ", ".join(f"{domain} {version}" for domain, version in facts["opsets"].items()))
     for kind in ("inputs", "outputs"):
-        head.add_row(kind, "\n".join(f"{v['name']}: {v['type']} {v['shape']}" for v in facts[kind]))
+        say(kind, "\n".join(f"{v['name']}: {v['type']} {v['shape']}" for v in facts[kind]))
     for name in ("nodes", "parameters", "macs", "bytes"):
-        head.add_row(name, f"{facts[name]:,}")
+        say(name, f"{facts[name]:,}")
     for name, value in facts["metadata"].items():
-        head.add_row(name, value if len(value) < 100 else f"{value[:100]}... ({len(value)} characters)")
+        say(name, value if len(value) < 100 else f"{value[:100]}... ({len(value)} characters)")
     if facts["activation_bytes"] is not None:
-        head.add_row("activations", f"{facts['activation_bytes']:,} bytes at most at a time")
-    head.add_row("weights", ", ".join(f"{row['bytes']:,} bytes of {name}" for name, row in facts["types"].items()))
+        say("activations", f"{facts['activation_bytes']:,} bytes at most at a time")
+    say("weights", ", ".join(f"{row['bytes']:,} bytes of {name}" for name, row in facts["types"].items()))
     notes = [Text(f"! {line}", "yellow") for line in facts["warnings"]]
     if facts["unknown_macs"]:
         notes.append(Text(f"! MACs of {len(facts['unknown_macs'])} nodes could not be counted", "yellow"))
@@ -102,7 +106,7 @@ def _integer_tables(proof: Mapping[str, Any]) -> list[RenderableType]:
     if proof["not_integer"]:
         table = Table("in float", "operator", "MACs", "because", box=None, pad_edge=False)
         for row in proof["not_integer"]:
-            table.add_row(row["node"], row["op_type"], f"{row['macs']:,}", row["reason"])
+            table.add_row(*map(Text, (row["node"], row["op_type"], f"{row['macs']:,}", row["reason"])))
         table.columns[2].justify = "right"
         parts.append(table)
     return parts

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxslim import cost, runtime
 from onnxslim.errors import ModelError
-from onnxslim.graph import constant, only_user
+from onnxslim.graph import attribute, constant, only_user
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 _CHAIN = 6
@@ -68,6 +68,8 @@ def _chain(value: ir.Value) -> list[ir.Value]:
 
 def stored_bits(layer: Layer) -> int | None:
     """Bits of one element of the layer's weight as the file stores it; None where the layer has none."""
+    if layer.node.op_type == "MatMulNBits":
+        return int(attribute(layer.node, "bits", 4))
     for value in layer.node.inputs[1:]:
         while value is not None and (producer := value.producer()) is not None and producer.op_type in _FORMS:
             value = producer.inputs[0]

@@ -133,7 +133,8 @@ def _pairs(outputs: Outputs, sample: Sample, reference: Outputs) -> list[tuple[n
             right = np.asarray(target, np.float64)
             if right.shape != value.shape:
                 raise DataError(f"output {name!r} has shape {list(value.shape)}, its reference {list(right.shape)}")
-            found.append((value.astype(np.float64).ravel(), right.ravel()))
+            known = np.isfinite(right)  # about the others nothing can be said
+            found.append((value.astype(np.float64)[known], right[known]))
     if not found:
         raise DataError("no output holds floating-point numbers to compare")
     return found
@@ -141,6 +142,7 @@ def _pairs(outputs: Outputs, sample: Sample, reference: Outputs) -> list[tuple[n
 
 def _cosine(outputs: Outputs, sample: Sample, reference: Outputs) -> float:
     def one(a: np.ndarray, b: np.ndarray) -> float:
+        a = np.where(np.isfinite(a), a, 0.0)
         scale = float(np.linalg.norm(a) * np.linalg.norm(b))
         return float(a @ b) / scale if scale else float(np.array_equal(a, b))
 
@@ -151,6 +153,8 @@ def _psnr(outputs: Outputs, sample: Sample, reference: Outputs) -> float:
     """10·log10(peak² / mean squared error), where the peak is the range of the reference."""
 
     def one(a: np.ndarray, b: np.ndarray) -> float:
+        if not b.size:
+            return PSNR_CEILING
         error = float(np.mean((a - b) ** 2))
         peak = float(b.max() - b.min()) or float(np.abs(b).max()) or 1.0
         if error == 0:

@@ -84,6 +84,6 @@ def write(path: Path, text: str) -> None:
         UsageError: the system does not let us.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error

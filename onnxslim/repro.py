@@ -29,11 +29,13 @@ def leave(
     """
     folder = _new_folder()
     facts = "\n".join(f"{name}: {value}" for name, value in doctor.environment().items())
-    (folder / "error.txt").write_text("".join(traceback.format_exception(error)) + "\n" + facts + "\n")
+    (folder / "error.txt").write_text(
+        "".join(traceback.format_exception(error)) + "\n" + facts + "\n", encoding="utf-8"
+    )
     if pipeline is not None:
-        (folder / "pipeline.txt").write_text(pipeline + "\n")
+        (folder / "pipeline.txt").write_text(pipeline + "\n", encoding="utf-8")
     if command is not None:
-        (folder / "command.txt").write_text(shlex.join(["onnxslim", *command]) + "\n")
+        (folder / "command.txt").write_text(shlex.join(["onnxslim", *command]) + "\n", encoding="utf-8")
     if model is not None:
         from onnxslim.model import save
 

@@ -378,7 +378,7 @@ def profile(
             for sample in feeds:
                 runner(sample)
             done += 1
-        events = json.loads(Path(runner.session.end_profiling()).read_text())
+        events = json.loads(Path(runner.session.end_profiling()).read_text(encoding="utf-8"))
     times: dict[str, list[float]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

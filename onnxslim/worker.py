@@ -269,7 +269,7 @@ class Worker:
             session = Session(path, unbound, read_feeds(feeds), threads, profile=str(Path(folder) / "profile"))
             for k in range(rounds):
                 session(k)
-            events = json.loads(Path(session.session.end_profiling()).read_text())
+            events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
         return kernels(events, rounds)
 
     def run(self, path: str, ep: Mapping[str, Any], feeds: Sequence[str], threads: int, out: str) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +57,7 @@ class Process:
                 stderr=self._errors,
                 text=True,
                 cwd=folder,
+                env=_environment(python),
             )
         except OSError as error:
             raise UsageError(f"{ep.name}: cannot start {python}: {error.strerror}") from error
@@ -76,7 +79,7 @@ class Process:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
-        except BrokenPipeError:
+        except OSError:  # it died; Windows has other errors for that than a broken pipe
             line = ""
         if not line:
             raise ModelError(f"{self.ep.label}: {self._died()}")
@@ -97,7 +100,7 @@ class Process:
         """End the process."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(OSError):
                     stream.close()
         try:
             self._process.wait(timeout=10)
@@ -111,6 +114,12 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _environment(python: str) -> dict[str, str]:
+    """Variables of a worker: it is found in its folder, and another interpreter has its own libraries."""
+    left_out = {"PYTHONSAFEPATH"} if python == sys.executable else {"PYTHONSAFEPATH", "PYTHONPATH", "PYTHONHOME"}
+    return {name: value for name, value in os.environ.items() if name not in left_out}
 
 
 def start(ep: Ep, folder: Path) -> Process:

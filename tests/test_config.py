@@ -17,7 +17,7 @@ OPTIONS = ("passes", "shape", "max-drop", "no-bench", "threads")
 def _read(tmp_path: Path, text: str) -> list[config.Job]:
     path = tmp_path / "onnxslim.toml"
     path.write_text(text)
-    return config.read(path, OPTIONS, ["no-bench"])
+    return config.read(path, OPTIONS, ["no-bench"], ["shape"])
 
 
 def test_what_a_model_has_of_its_own_goes_before(tmp_path: Path) -> None:
@@ -55,6 +55,7 @@ MODEL = '[[model]]\nin = "a"\nout = "b"\n'
         (f'max-dorp = "1%"\n{MODEL}', "unknown option 'max-dorp': .*; did you mean 'max-drop'"),
         (f"no-bench = 1\n{MODEL}", "no-bench must be true or false"),
         (f"threads = true\n{MODEL}", "threads must be a text"),
+        (f'passes = ["fold", "fuse"]\n{MODEL}', "passes takes one value, not a list"),
         (MODEL * 2, "two models would be written to b"),
     ],
 )
@@ -86,3 +87,16 @@ def test_run_makes_every_model_beside_the_recipe(
     recipe.write_text(f'{common}[[model]]\nin = "tiny.onnx"\nout = "c.onnx"\npasses = "lie"\n')
     assert _run("run", recipe) == 1, "a check failed"
     assert _run("run") == 2, "there is none here"
+
+
+def test_told_to_end_it_makes_no_more_models(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: dict[str, Any]
+) -> None:
+    recipe = tmp_path / "onnxslim.toml"
+    models = "".join(f'[[model]]\nin = "tiny.onnx"\nout = "{k}.onnx"\n' for k in range(3))
+    recipe.write_text(f'passes = "keep"\nno-bench = true\n{models}')
+    for code, made in ((123, 3), (143, 1), (130, 1)):
+        seen: list[int] = []
+        monkeypatch.setattr(cli.guard, "also", lambda make, c=code, s=seen: s.append(1) or c)
+        assert _run("run", recipe) == code
+        assert len(seen) == made

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxslim import cost
+from onnxslim import cost, layers
 from onnxslim import model as model_io
 
 F = np.float32
@@ -210,6 +211,49 @@ def test_a_scan_body_runs_once_per_step() -> None:
     counted = cost.analyze(model_io.load(proto))
     assert counted.macs == 9 * 16
     assert counted.parameters == 16
+
+
+def test_a_scan_along_another_axis_has_its_steps() -> None:
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[4, 10, 4] x, float[4, 4] w) => (float[10, 4, 4] y) {
+            y = Scan <num_scan_inputs = 1, scan_input_axes = [1],
+                body = b (float[4, 4] r) => (float[4, 4] o) { o = MatMul(r, w) }> (x)
+        }"""
+    assert cost.analyze(model_io.load(onnx.parser.parse_model(text))).macs == 10 * 64
+
+
+def test_packed_weights_have_the_elements_that_they_stand_for() -> None:
+    weights = {"w": _w(48, 3, 16, dtype=np.uint8), "s": _w(48, 3)}
+    model = _model("MatMulNBits", {"x": [1, 96]}, weights, domain="com.microsoft", K=96, N=48, bits=4, block_size=32)
+    model.graph.outputs[0].shape = ir.Shape([1, 48])
+    counted = cost.analyze(model)
+    assert (counted.parameters, counted.macs) == (48 * 96, 48 * 96)
+    (layer,) = layers.find(model).values()
+    assert layers.stored_bits(layer) == 4
+
+
+def test_grouped_queries_attend_to_what_was_there_before() -> None:
+    inputs: dict[str, list[Any]] = {"q": [2, 6, 32], "k": [2, 6, 16], "v": [2, 6, 16]}
+    inputs |= {"pk": [2, 2, 5, 8], "pv": [2, 2, 5, 8]}
+    options = {"domain": "com.microsoft", "num_heads": 4, "kv_num_heads": 2}
+    model = _model("GroupQueryAttention", inputs, {"l": _w(2, dtype=np.int32), "t": _w(1, dtype=np.int32)}, **options)
+    model.graph.outputs[0].shape = ir.Shape([2, 6, 32])
+    assert cost.analyze(model).macs == 2 * 6 * (5 + 6) * (32 + 32)
+
+
+def test_what_only_a_body_reads_ends_with_it() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1000] x, bool c) => (float[1000] y) {
+            r = Relu(x)
+            a = If (c) <then_branch = t () => (float[1000] p) { p = Neg(r) },
+                        else_branch = e () => (float[1000] q) { q = Abs(r) }>
+            b = Neg(a)
+            y = Exp(b)
+        }
+    """)
+    assert cost.analyze(model_io.load(proto)).activations == 2 * 4000 + 1
 
 
 def test_the_demo_model(cnn: dict[str, str]) -> None:

@@ -284,7 +284,7 @@ def test_the_recipe_of_the_docs_is_one(tmp_path: Path) -> None:
     path = tmp_path / "onnxslim.toml"
     path.write_text(block)
     options = {opt[2:] for p in cli.cli.commands[cli.DEFAULT].params for opt in p.opts if opt.startswith("--")}
-    (job,) = config.read(path, options, [])
+    (job,) = config.read(path, options, [], [])
     assert (ROOT / job.source).is_file()
     assert all((ROOT / value).is_file() for value in job.arguments if value.startswith("models/"))
     tomllib.loads((ROOT / "examples" / "onnxslim.toml").read_text())

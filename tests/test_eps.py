@@ -26,6 +26,13 @@ def test_names_options_and_interpreters() -> None:
     assert [ep.label for ep in (cpu, cuda)] == ["cpu(affinity=[0, 1], spin=true)", "cuda"]
 
 
+def test_an_interpreter_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("python").symlink_to(sys.executable)
+    (ep,) = eps.parse("cpu@python")
+    assert ep.python == str(tmp_path / "python")
+
+
 def test_idle_threads_do_not_spin_unless_asked() -> None:
     (quiet,), (spinning,) = eps.parse("cpu"), eps.parse("cpu(spin=true)")
     assert quiet.request()["config"]["session.force_spinning_stop"] == "1"

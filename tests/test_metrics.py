@@ -92,6 +92,17 @@ def test_cosine_and_psnr_against_the_original_or_a_target() -> None:
     assert metrics.find("psnr")(half, {}, want) == pytest.approx(20 * np.log10(peak / 0.06), rel=1e-3)
 
 
+@pytest.mark.parametrize("name, best, worst", [("cosine", 1.0, 0.0), ("psnr", metrics.PSNR_CEILING, None)])
+def test_of_what_is_not_finite_in_the_original_nothing_is_said(name: str, best: float, worst: float | None) -> None:
+    metric = metrics.find(name)
+    masked = {"y": np.where(SCORES.mean() < SCORES, SCORES, -np.inf)}
+    assert metric(masked, {}, masked) == pytest.approx(best)
+    broken = metric({"y": np.full_like(SCORES, np.nan)}, {}, masked)
+    assert broken == (-metrics.PSNR_CEILING if worst is None else worst)
+    nothing = {"y": np.full_like(SCORES, np.nan)}
+    assert metric(nothing, {}, nothing) == pytest.approx(best)
+
+
 def test_metrics_of_outputs_that_cannot_be_compared_are_data_errors() -> None:
     with pytest.raises(DataError, match="floating-point"):
         metrics.find("cosine")({"y": np.array([1])}, {}, {"y": np.array([1])})

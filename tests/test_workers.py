@@ -42,6 +42,12 @@ def test_a_worker_computes_what_the_model_does(cpu: workers.Process, tiny: Path,
     assert all(row["ms"] > 0 and row["calls"] == 1 for row in rows)
 
 
+def test_a_worker_starts_where_no_folder_is_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    with workers.start(eps.Ep("cpu"), tmp_path) as process:
+        assert process.facts["available"]
+
+
 def test_names_of_inputs_and_texts_survive(tmp_path: Path) -> None:
     feed = {"file": np.ones(2), "a/b": np.array(["é", "xyz"], object)}
     (path,) = workers.write_feeds([feed], tmp_path, "f")
