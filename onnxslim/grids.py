@@ -50,9 +50,9 @@ def _fit(array: np.ndarray) -> Grid | None:
     """The grid through the first elements, if it gives all the others."""
     numbers = array.astype(np.int64) if array.dtype.kind in "iub" else array
     origin = (0,) * numbers.ndim
-    start = numbers[origin]
+    start = numbers[origin] if numbers.dtype == object else int(numbers[origin])  # which does not wrap around
     steps = [
-        0 if size == 1 else numbers[(*origin[:axis], 1, *origin[axis + 1 :])] - start
+        0 if size == 1 else numbers.item(*origin[:axis], 1, *origin[axis + 1 :]) - start
         for axis, size in enumerate(numbers.shape)
     ]
     if numbers.dtype == object:  # sizes that are no numbers: few
@@ -60,6 +60,9 @@ def _fit(array: np.ndarray) -> Grid | None:
             if numbers[index] != sum((step * k for step, k in zip(steps, index, strict=True)), start):
                 return None
         return Grid(start, tuple(steps))
+    reach = sum((abs(int(step)) * (size - 1) for size, step in zip(numbers.shape, steps, strict=True)), abs(int(start)))
+    if reach > np.iinfo(np.int64).max:
+        return None
     expected = np.full(numbers.shape, start)
     for axis, (size, step) in enumerate(zip(numbers.shape, steps, strict=True)):
         expected += (np.arange(size) * step).reshape([-1 if k == axis else 1 for k in range(numbers.ndim)])

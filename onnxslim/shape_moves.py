@@ -105,13 +105,17 @@ def concat(call: Call) -> list[Fact]:
     if len(contents) == len(shapes):
         result = np.concatenate(contents, axis)
         return [Fact(result.shape, result if result.size <= MAX_CONTENT else None)]
-    # The other axes agree, so that a number given by any input holds for all.
-    sizes: list[Dim] = [
-        next((s[k] for s in known if isinstance(s[k], int)), known[0][k]) if k != axis else 0 for k in range(rank)
-    ]
+    alike = [shape for shape in known if 0 not in shape] or known
+    sizes: list[Dim] = [0 if k == axis else _agreed([shape[k] for shape in alike]) for k in range(rank)]
     for shape in shapes:
         sizes[axis] = sizes[axis] + (symbolic.unknown(0) if shape is None else shape[axis])
     return [Fact(tuple(sizes))]
+
+
+def _agreed(sizes: Sequence[Dim]) -> Dim:
+    """The size of an axis that all inputs with elements have alike: a number that any of them gives."""
+    numbers = [size for size in sizes if isinstance(size, int)]
+    return next(iter(numbers), sizes[0] if len(set(sizes)) == 1 else symbolic.unknown(0))
 
 
 @rule("Split")
@@ -163,6 +167,10 @@ def slice_bounds(call: Call) -> dict[int, tuple[Dim, Dim, int]] | None:
     return {a: (s, e, t) for a, s, e, t in zip(axes, starts, ends, steps, strict=True)}
 
 
+# Ends that mean the last element and all behind it, or, counting down, the first and all in front of it.
+_TO_THE_END = (2**31 - 1, 2**63 - 1)
+
+
 def _clamped(position: Dim, size: Dim) -> Dim:
     """A start or end of a slice with step 1, as a position from 0 to ``size``."""
     if isinstance(position, int):
@@ -176,10 +184,19 @@ def _clamped(position: Dim, size: Dim) -> Dim:
     return symbolic.minimum(position, size) if symbolic.nonnegative(position) else symbolic.unknown(0)
 
 
+def _kept(size: int, start: int, end: int, step: int) -> range:
+    """The positions that a slice keeps of an axis; unlike in Python, a start in front of it is its first element."""
+    if step > 0 or not size:
+        return range(size)[slice(start, end, step)]
+    first = min(max(start + size if start < 0 else start, 0), size - 1)
+    last = -1 if end in _TO_THE_END else min(max(end + size if end < 0 else end, -1), size)
+    return range(first, last, step)
+
+
 def sliced_size(size: Dim, start: Dim, end: Dim, step: int) -> Dim:
     """Number of elements that a slice keeps of an axis."""
     if all(isinstance(v, int) for v in (size, start, end)) and step:
-        return len(range(size)[slice(start, end, step)])  # type: ignore[arg-type]
+        return len(_kept(size, start, end, step))  # type: ignore[arg-type]
     if step == 1:
         first, last = _clamped(start, size), _clamped(end, size)
         return symbolic.maximum(last - first, 0)
@@ -204,8 +221,10 @@ def slice_(call: Call) -> list[Fact]:
     content = call.content()
     if content is None or not numeric:
         return [Fact(tuple(result))]
-    index = tuple(slice(*parts[k]) if k in parts else slice(None) for k in range(len(shape)))
-    return [Fact(tuple(result), content[index])]
+    for axis, (start, end, step) in parts.items():
+        assert isinstance(start, int) and isinstance(end, int)
+        content = np.take(content, _kept(content.shape[axis], start, end, step), axis)
+    return [Fact(tuple(result), content)]
 
 
 def _slice_unknown(call: Call, shape: Shape) -> Shape:

@@ -288,7 +288,8 @@ def range_(call: Call) -> Sequence[Fact | None]:
 def nonzero(call: Call) -> Sequence[Fact | None]:
     """One row per axis, as many columns as there are elements that are not zero."""
     shape = call.shape()
-    return [Fact((symbolic.unknown(0) if shape is None else len(shape), symbolic.unknown(0)))]
+    # Of a scalar the specification makes no row, and runtimes one.
+    return [Fact((len(shape) if shape else symbolic.unknown(0), symbolic.unknown(0)))]
 
 
 @rule("OneHot")

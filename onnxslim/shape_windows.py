@@ -10,7 +10,10 @@ from onnxslim.symbolic import Dim
 
 
 def _window(call: Call, sizes: Shape, kernel: Shape, ceil: bool) -> list[Dim]:
-    """Sizes that a sliding window leaves; ``kernel`` are the undilated sizes of the window."""
+    """Sizes that a sliding window leaves; ``kernel`` are the undilated sizes of the window.
+
+    A size that is no number is taken to hold one window at least.
+    """
     rank = len(sizes)
     strides = call.attr("strides") or [1] * rank
     dilations = call.attr("dilations") or [1] * rank
@@ -20,14 +23,17 @@ def _window(call: Call, sizes: Shape, kernel: Shape, ceil: bool) -> list[Dim]:
     for k, size in enumerate(sizes):
         stride = strides[k]
         if auto in ("SAME_UPPER", "SAME_LOWER"):
-            result.append(symbolic.floor_divide(size + (stride - 1), stride))
+            # Runtimes differ on whether the padding of a pool is that of the dilated window.
+            known = dilations[k] == 1 or "Pool" not in call.node.op_type
+            result.append(symbolic.floor_divide(size + (stride - 1), stride) if known else symbolic.unknown(0))
             continue
         padded = size if auto == "VALID" else size + pads[k] + pads[k + rank]
         free = padded - (dilations[k] * (kernel[k] - 1) + 1)
         if ceil and stride > 1 and symbolic.quotient([free], [stride]) is None:
             result.append(symbolic.unknown(0))  # the last window may or may not start inside: runtimes differ
             continue
-        result.append(symbolic.floor_divide(free, stride) + 1)
+        divide = symbolic.truncate_divide if isinstance(free, int) else symbolic.floor_divide
+        result.append(divide(free, stride) + 1)
     return result
 
 
@@ -51,7 +57,7 @@ def qlinear_conv(call: Call) -> list[Fact]:
 
 @rule("ConvTranspose")
 def conv_transpose(call: Call) -> list[Fact]:
-    """stride * (size - 1) + output_padding + dilated kernel - pads."""
+    """stride * (size - 1) + output_padding + dilated kernel - pads, which are not negative where they are not given."""
     x, w = call.shape(0), call.shape(1)
     if x is None or w is None or len(x) < 2 or len(w) != len(x):
         return [NOTHING if x is None else Fact(anything(len(x)))]
@@ -67,11 +73,11 @@ def conv_transpose(call: Call) -> list[Fact]:
     auto = str(call.attr("auto_pad", "NOTSET"))
     sizes: list[Dim] = []
     for k, size in enumerate(x[2:]):
+        whole = (size - 1) * strides[k] + extra[k] + (dilations[k] * (w[2 + k] - 1) + 1)
         if auto in ("SAME_UPPER", "SAME_LOWER"):
-            sizes.append(size * strides[k])
+            sizes.append(symbolic.minimum(size * strides[k], whole))
             continue
-        cut = 0 if auto == "VALID" else pads[k] + pads[k + rank]
-        sizes.append((size - 1) * strides[k] + extra[k] + (dilations[k] * (w[2 + k] - 1) + 1) - cut)
+        sizes.append(whole - (0 if auto == "VALID" else pads[k] + pads[k + rank]))
     return [Fact((x[0], channels, *sizes))]
 
 

@@ -5,8 +5,9 @@ and arithmetic on them stays exact, so that ``Shape → Gather → Mul → Conca
 polynomials. What the file declares about intermediate tensors is not believed (it may be stale); only graph inputs,
 weights, and the outputs of operators of unknown domains count.
 
-A named dimension that is 0 at run time is not followed into Reshape, where 0 means the size of the input; every other
-size is.
+A size that is 0 at run time is not followed into Reshape, where 0 means the size of the input; every other size is.
+Arithmetic that wraps around is not followed: sizes, in multiples that `_MULTIPLES` allows, fit into every type that
+they are computed in.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ _TABLES = (shape_elementwise, shape_moves, shape_products, shape_windows)  # imp
 _FLOATS = 8
 # Names that exporters write when they mean "any size": two of them are two sizes.
 _ANONYMOUS = frozenset({"", "?", "-1", "None", "none", "unk"})
+
+
+# The largest number of a type over the multiples of sizes that are taken to fit into it.
+_MULTIPLES = 1 << 15
 
 
 class Shapes:
@@ -109,8 +114,8 @@ class Shapes:
         if node.domain not in ("", "ai.onnx") or node.outputs[0].dtype not in grids.TYPES:
             return None
         found = grids.follow(self.call(node), shape)
-        low, high = RANGES[node.outputs[0].dtype]
-        return None if found is not None and isinstance(found.start, int) and not low <= found.start <= high else found
+        ends = () if found is None else (grids.lowest(found, shape), grids.highest(found, shape))
+        return found if all(end is None or _holds(node.outputs[0].dtype, end) for end in ends) else None
 
     def declare(self) -> None:
         """Write the shapes found into the values computed by nodes, for whoever reads them there.
@@ -232,13 +237,19 @@ class Shapes:
         """``fact`` without a content that its type cannot hold, as when arithmetic wraps around."""
         if fact.content is None:
             return fact
-        limits = RANGES.get(value.dtype) if value.dtype is not None else RANGES[ir.DataType.INT64]
-        if limits is None or fact.content.size > MAX_CONTENT:
+        dtype = ir.DataType.INT64 if value.dtype is None else value.dtype
+        if dtype not in RANGES or fact.content.size > MAX_CONTENT:
             return Fact(fact.shape)
-        low, high = limits
-        if any(isinstance(d, int) and not low <= d <= high for d in fact.content.reshape(-1)):
-            return Fact(fact.shape)
-        return fact
+        return fact if all(_holds(dtype, d) for d in fact.content.reshape(-1)) else Fact(fact.shape)
+
+
+def _holds(dtype: ir.DataType, dim: Dim) -> bool:
+    """Whether a type holds a number as it is; one without bounds, whether it is made of sizes in small multiples."""
+    low, high = RANGES[dtype]
+    bottom, top = symbolic.bounds(dim)
+    if bottom is None or top is None:
+        return symbolic.largest_factor(dim) <= max(high // _MULTIPLES, 1)
+    return low <= bottom and top <= high
 
 
 def _declared(value: ir.Value, *, trusted: bool) -> Fact:

@@ -142,6 +142,11 @@ def bounds(dim: Dim) -> tuple[int | None, int | None]:
     return low, high
 
 
+def largest_factor(dim: Dim) -> int:
+    """The largest number, without its sign, that stands before a term of ``dim`` or alone."""
+    return abs(dim) if isinstance(dim, int) else max(map(abs, dim.terms.values()), default=0)
+
+
 def sign(dim: Dim) -> int | None:
     """-1, 0 or 1 when the sign of ``dim`` is the same for all sizes, else None."""
     low, high = bounds(dim)

@@ -15,7 +15,7 @@ from onnxslim.branches import inline_constant_if
 from onnxslim.contract import Context, Effect, Outcome, Pass, Skip
 from onnxslim.defaults import drop_zeros
 from onnxslim.folding import fold_constants
-from onnxslim.graph import add_constant, is_constant, replace, subgraphs
+from onnxslim.graph import add_constant, is_constant, opset, replace, subgraphs
 from onnxslim.layouts import remove_changes
 from onnxslim.liveness import remove_unread
 from onnxslim.lookups import replace_lookup
@@ -53,6 +53,8 @@ class Simplify(Pass):
     effect: ClassVar[Effect] = Effect.EXACT
 
     def apply(self, model: ir.Model, ctx: Context) -> Outcome:
+        if opset(model) < 5:
+            return Outcome({}, [Skip("*", "operator sets below 5 write shapes as attributes")])
         run = _Run(model)
         for _ in range(MAX_SWEEPS):
             if not run.sweep():
