@@ -301,7 +301,7 @@ def convert_interface(model: ir.Model, kind: ir.DataType, peaks: Mapping[str, fl
     kept: dict[str, str] = {}
     largest, _ = LIMITS[kind]
     for value in model.graph.inputs:
-        if value.dtype == FLOAT and not value.is_graph_output():
+        if _is_float(value) and not value.is_graph_output():
             if peaks.get(value.name or "", 0.0) > largest * HEADROOM:
                 kept[value.name or ""] = (
                     f"it reaches {peaks[value.name or '']:.3g}, {kind.name.lower()} ends at {largest:.3g}"
@@ -309,7 +309,7 @@ def convert_interface(model: ir.Model, kind: ir.DataType, peaks: Mapping[str, fl
             else:
                 _convert_input(model.graph, value, kind)
     for index, value in enumerate(model.graph.outputs):
-        if value.dtype != FLOAT:
+        if not _is_float(value):
             continue
         if value.producer() is None or list(model.graph.outputs).count(value) > 1:
             kept[value.name or ""] = "it is an input, a weight or another output too"
@@ -321,6 +321,11 @@ def convert_interface(model: ir.Model, kind: ir.DataType, peaks: Mapping[str, fl
             _convert_output(model.graph, index, kind)
     g.remove_dead(model.graph)
     return kept
+
+
+def _is_float(value: ir.Value) -> bool:
+    """Whether it is a float32 tensor, not a sequence of them."""
+    return isinstance(value.type, ir.TensorType) and value.dtype == FLOAT
 
 
 def _convert_input(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> None:
@@ -457,8 +462,8 @@ def lower(
     name_nodes(model)
     peaks: dict[str, float] = {}
     if kind is ir.DataType.FLOAT16 and len(ctx.calibration):
-        values = [v for node in model.graph for v in node.outputs if v.dtype == FLOAT and v.name]
-        values += [v for v in model.graph.inputs if v.dtype == FLOAT]
+        values = [v for node in model.graph for v in node.outputs if _is_float(v) and v.name]
+        values += filter(_is_float, model.graph.inputs)
         seen = {v.name or "": Range() for v in values}
         collect(model, {name: [r] for name, r in seen.items()}, ctx, data=ctx.calibration.spread(samples))
         peaks = {name: max(-r.low, r.high) for name, r in seen.items() if r.low <= r.high}

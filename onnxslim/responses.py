@@ -111,6 +111,7 @@ def evaluate(node: ir.Node, operands: list[np.ndarray | None]) -> np.ndarray:
     assert first is not None
     if node.op_type == "Clip":
         low, high = (*operands[1:3], None, None)[:2]
+        low, high = attribute(node, "min", low), attribute(node, "max", high)  # as before opset 11
         return np.clip(first, -np.inf if low is None else low, np.inf if high is None else high)
     if node.op_type in _UNARY:
         return _UNARY[node.op_type](node, first)

@@ -266,6 +266,23 @@ def test_an_input_that_would_overflow_keeps_its_type() -> None:
     assert any(s.node == "x" and "1e+05" in s.reason for s in outcome.skipped)
 
 
+def test_sequences_keep_their_type() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,8] x) => (seq(float[2,4]) t, float[2,4] y) {
+            y = MatMul(x, w) z = Neg(y) t = SequenceConstruct(y, z) }""")
+    weight = RNG.standard_normal((8, 4)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    model = model_io.load(proto)
+    x = RNG.standard_normal((2, 8)).astype(np.float32)
+    half, _ = apply(model, Fp16(keep_io=False), [{"x": x}])
+    assert [type(v.type).__name__ for v in half.graph.outputs] == ["SequenceType", "TensorType"]
+    assert [half.graph.inputs[0].dtype, half.graph.outputs[0].dtype, half.graph.outputs[1].dtype] == [HALF, FLOAT, HALF]
+    got = runtime.load(half)({"x": x})
+    for array in (got["y"], got["t"][0], -got["t"][1]):
+        np.testing.assert_allclose(array, x @ weight, rtol=0.02, atol=0.05)
+
+
 def test_only_a_pass_that_says_so_may_change_the_interface() -> None:
     batches = [{"x": RNG.standard_normal((1, 2, 8, 8)).astype(np.float32)} for _ in range(4)]
     result = onnxslim.optimize(tiny_proto(), "fp16(keep_io=false)", calibration=batches, bench=False)

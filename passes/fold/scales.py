@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxslim import graph as g
 from onnxslim.linear import Linear, view
-from onnxslim.passes.fold.absorb import record, rewrite
+from onnxslim.passes.fold.absorb import place, record, rewrite
 from onnxslim.passes.fold.affine import Affine, affine, large, protected
 from onnxslim.passes.fold.edit import faithful
 from onnxslim.passes.fold.work import Work
@@ -88,11 +88,12 @@ def _commit(work: Work, node: ir.Node, x: ir.Value, factor: float, plan: _Plan) 
     edit = work.edit()
     edit.drop([node])
     edit.redirect(node.outputs[0], x)
+    changes = []
     for linear in plan.linears:
         change = rewrite(work, linear, None, Affine((), linear.y, np.array(factor), np.array(0.0), 0.0))
         if isinstance(change, str):
             return False
-        record(work, edit, change)
+        changes.append((change, record(work, edit, change)))
     for user, index in plan.constants:
         value = user.inputs[index]
         assert value is not None and value.dtype is not None
@@ -106,7 +107,9 @@ def _commit(work: Work, node: ir.Node, x: ir.Value, factor: float, plan: _Plan) 
     if edit.refusal() is not None:
         return False
     work.done["scale"] += 1
-    edit.commit()
+    constants = edit.commit()
+    for change, position in changes:
+        place(work, change, constants, position)
     work.bypass(node.outputs[0], x)
     edit.finish()
     return True

@@ -217,3 +217,11 @@ def test_random_paths(data: st.DataObject) -> None:
     nodes.append(node("Mul", f"{values[-1]} scale"))
     shown = data.draw(st.sets(st.sampled_from(values), max_size=1))
     fold(net(nodes, {"x": X.shape}, weights(), ["y", *shown]), {"x": X})
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_the_bias_of_a_gemm_is_scaled_once(beta: float) -> None:
+    x, arrays = normal(2, 4), {"w": normal(4, 6), "b": normal(6), "scale": np.float32(3)}
+    nodes = [node("Gemm", "x w b", "a", beta=beta), node("Transpose", "a", "t"), node("Mul", "t scale")]
+    result = fold(net(nodes, {"x": x.shape}, arrays), {"x": x})
+    assert sorted(operators(result)) == ["Gemm", "Transpose"]

@@ -114,3 +114,17 @@ def test_one_channel_stays_where_all_are_free() -> None:
     weights = _weights()
     weights["w2"][:] = 0
     assert _pruned(_cnn(weights))[0]["wd"][0] == 1
+
+
+def test_bounds_that_are_attributes_count() -> None:
+    """Channels that are one number in front of a Clip are another behind it."""
+    weights = _weights()
+    weights["w1"][[2, 5]], weights["b1"][[2, 5]] = 0, [-2, 9]
+    weights["wd"][[2, 5]], weights["bd"][[2, 5]] = 0, [-3, 8]
+    model = _cnn(weights)
+    for clip in (n for n in model.graph.node if n.op_type == "Relu"):
+        clip.op_type = "Clip"
+        clip.attribute.extend([onnx.helper.make_attribute("min", 0.0), onnx.helper.make_attribute("max", 6.0)])
+    model.opset_import[0].version = 10
+    shapes, stats = _pruned(model)
+    assert stats["dead"] == 2 and shapes["w1"][0] == WIDTH - 2
