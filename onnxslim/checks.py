@@ -37,7 +37,8 @@ class Budget:
         before = verify.score(reference, metric)
         if not math.isfinite(before):
             raise UsageError(
-                f"metric {metric.name}: is {before} for the original on {reference.data.origin}: no budget"
+                f"metric {metric.name}: is {before} for the original on {reference.data.origin}: nothing can be "
+                "compared with that"
             )
         return cls(metric, before, None if max_drop is None else allowed_drop(max_drop, before))
 

@@ -149,7 +149,8 @@ def counts(node: ir.Node) -> bool:
 
 def parameters(model: ir.Model) -> int:
     """Elements of the weights of ``model``."""
-    return sum(_elements(v) for v in {v for node in model.graph.all_nodes() for v in _weights(node)})
+    found = {v: _elements(node, v) for node in model.graph.all_nodes() for v in _weights(node)}
+    return sum(found.values())
 
 
 class _Shapes:
@@ -223,8 +224,8 @@ class _Counter:
         return sum(self._node(node) for node in graph)
 
     def _node(self, node: ir.Node) -> int:
-        used = [] if _only_decodes(node) else [w for n in (node, *_decoders(node)) for w in _weights(n)]
-        fresh = [v for v in dict.fromkeys(used) if v not in self._seen]
+        used = {} if _only_decodes(node) else {w: n for n in (node, *_decoders(node)) for w in _weights(n)}
+        fresh = {v: n for v, n in used.items() if v not in self._seen}
         self._seen.update(fresh)
         macs: int | None = 0
         rule = _rule(node)
@@ -235,7 +236,7 @@ class _Counter:
             self.unknown.append(name)
         output = self._shapes(node.outputs[0]) if node.outputs else None
         weight_bytes = sum(v.const_value.nbytes for v in fresh if v.const_value is not None)
-        parameters = sum(_packed(node, v) or _elements(v) for v in fresh)
+        parameters = sum(_elements(user, v) for v, user in fresh.items())
         self.table.append(NodeCost(name, node.op_type, output, parameters, macs or 0, weight_bytes))
         return (macs or 0) + self._bodies(node)
 
@@ -303,13 +304,10 @@ def _decoders(node: ir.Node) -> list[ir.Node]:
     return [producer for producer in producers if producer is not None and _only_decodes(producer)]
 
 
-def _packed(node: ir.Node, value: ir.Value) -> int:
-    """Elements of a weight of which several are stored in one byte; 0 for any other."""
-    packed = node.op_type == "MatMulNBits" and value is node.inputs[1]
-    return int(attribute(node, "K", 0)) * int(attribute(node, "N", 0)) if packed else 0
-
-
-def _elements(value: ir.Value) -> int:
+def _elements(node: ir.Node, value: ir.Value) -> int:
+    """Elements of a weight that ``node`` reads, of which several may be stored in one byte."""
+    if node.op_type == "MatMulNBits" and value is node.inputs[1]:
+        return int(attribute(node, "K", 0)) * int(attribute(node, "N", 0))
     return math.prod(value.const_value.shape.numpy()) if value.const_value is not None else 0
 
 

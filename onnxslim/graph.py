@@ -104,7 +104,8 @@ def fresh_name(graph: ir.Graph, hint: str) -> str:
         used.update(v.name for v in graph.inputs if v.name)
         used.update(name for name in graph.initializers if name)
         used.update(v.name for node in graph.all_nodes() for v in node.outputs if v.name)
-        used.update(v.name for inner in graph.subgraphs() for v in inner.inputs if v.name)
+        bodies = list(graph.subgraphs())
+        used.update(v.name for body in bodies for v in (*body.inputs, *body.initializers.values()) if v.name)
         used.update(node.name for node in graph.all_nodes() if node.name)
     name, count = hint, 1
     while name in used:

@@ -7,6 +7,7 @@ can be made to end with its parent.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -24,6 +25,7 @@ _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL} | {get
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP) if sys.platform == "linux" else ()
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _SIZE = 4096
+_GRACE = 10  # seconds that a process has to end in good order
 
 # Exit code and text of what is at work, shared by the two processes.
 _board: mmap.mmap | None = None
@@ -46,22 +48,35 @@ def apart(work: Callable[[], int]) -> int:
     _board = mmap.mmap(-1, _SIZE)
     doing(shlex.join(sys.argv[1:]), GIVEN)
     parent = os.getpid()
+    heeded = [number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]  # unlike with nohup
     child = os.fork()
     if not child:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(128 + signal.SIGKILL)
-        for number in _PASSED_ON:
+        for number in heeded:
             signal.signal(number, _leave)
         sys.exit(work())
+    told: list[int] = []
+
+    def end(number: int, _: types.FrameType | None) -> None:
+        # Native code does not listen: the child has some time, and none when it is told again.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL if told else number)
+        told.append(number)
+        signal.alarm(_GRACE)
+
     # A terminal sends an interrupt to both, and the child says so.
     before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-    before |= {s: signal.signal(s, lambda number, _: os.kill(child, number)) for s in _PASSED_ON}
+    before |= {number: signal.signal(number, end) for number in (*heeded, signal.SIGALRM)}
     try:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
+        signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
+    if code < 0 and told:
+        return 128 + told[0]
     return code if code >= 0 else _ended(signal.Signals(-code))
 
 
@@ -76,8 +91,7 @@ def was_told(code: int) -> bool:
 
 
 def _leave(number: int, _: types.FrameType | None) -> None:
-    """End in good order, so that temporary files go; at once when told again."""
-    signal.signal(number, signal.SIG_DFL)
+    """End in good order, so that temporary files go."""
     raise SystemExit(128 + number)
 
 

@@ -224,7 +224,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
     if old_data:
         tensors = (value.const_value for value in model.graph.initializers.values())
         used = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
-        for file in old_data - used.union(*map(external_data.referred, folder.glob("*.onnx"))):
+        for file in old_data - used.union(*map(external_data.referred, [path, *folder.glob("*.onnx")])):
             file.unlink(missing_ok=True)
     return path
 

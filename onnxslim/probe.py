@@ -86,7 +86,6 @@ class Local:
         assert node.inputs[0] is not None and home is not None
         exact = node.outputs[0]
         sizes = g.known_shape(weight) or ()
-        form = g.add_constant(graph, f"{unit.name}_form", np.array([-1, sizes[unit.weight[1]]], np.int64))
         results = [_reduce(graph, "ReduceSumSquare", exact, None, self.version)]
         for pair in params:
             inputs = list(node.inputs)
@@ -100,6 +99,7 @@ class Local:
             if node.op_type == "Conv":
                 rows, axes = error, [0, *range(2, len(sizes))]
             else:
+                form = g.add_constant(graph, f"{unit.name}_form", np.array([-1, sizes[unit.weight[1]]], np.int64))
                 rows, axes = g.add_node(graph, "Reshape", [error.outputs[0], form], after=error, hint=unit.name), [0]
             results.append(_reduce(graph, "ReduceMean", rows.outputs[0], axes, self.version))
         for k, found in enumerate(results):

@@ -42,6 +42,7 @@ class Plan:
         weights: stored weight and its parameters, by unit.
         shift: what is added to the bias of a unit, (channels,): the mean error that quantization would cause.
         profile: the execution provider that is served.
+        guessed: values whose rank may be another with other inputs.
     """
 
     chosen: frozenset[str]
@@ -49,15 +50,13 @@ class Plan:
     weights: Mapping[str, tuple[np.ndarray, QParams]]
     shift: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     profile: Profile = CPU
+    guessed: Collection[str] = ()
 
 
-def insert(model: ir.Model, plan: Plan, guessed: Collection[str] = ()) -> None:
-    """Rewrite ``model`` in place so that the units of ``plan`` run on integers; opset 13 or newer.
-
-    The ranks of the values ``guessed`` may be others with other inputs.
-    """
+def insert(model: ir.Model, plan: Plan) -> None:
+    """Rewrite ``model`` in place so that the units of ``plan`` run on integers; opset 13 or newer."""
     units = plan.profile.units(find_units(model)[0])
-    writer = _Writer(model, units, plan, guessed)
+    writer = _Writer(model, units, plan)
     for name in stored_values(units, plan.chosen):
         writer.store(name)
     for name, unit in units.items():
@@ -152,9 +151,8 @@ def _shield(model: ir.Model) -> None:
 class _Writer:
     """Inserts pairs into one model; keeps the constants that pairs share."""
 
-    def __init__(self, model: ir.Model, units: Mapping[str, Unit], plan: Plan, guessed: Collection[str]) -> None:
+    def __init__(self, model: ir.Model, units: Mapping[str, Unit], plan: Plan) -> None:
         self.graph = model.graph
-        self.guessed = guessed
         self.units = units
         self.plan = plan
         self.owner = sources(units.values())
@@ -343,7 +341,7 @@ class _Writer:
         kept, constant = g.constant(row.inputs[index]), row.inputs[index]
         assert kept is not None and constant is not None
         shape = g.known_shape(row.outputs[0])
-        guessed = row.outputs[0].name in self.guessed
+        guessed = row.outputs[0].name in self.plan.guessed
         if guessed or shape is None or (len(shape) != 2 and None in shape):
             if shift is not None:
                 value = g.add_constant(self.graph, f"{constant.name}", (kept + shift).astype(np.float32))

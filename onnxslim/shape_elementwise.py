@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxslim import symbolic
@@ -118,6 +119,10 @@ def broadcast_shapes(shapes: Sequence[Shape | None]) -> Shape | None:
     return tuple(result)
 
 
+# A tensor has no more sizes than this.
+_SIZES = 8
+
+
 def _itself(a: Dim) -> Dim:
     return a
 
@@ -138,8 +143,16 @@ def unary(call: Call) -> Sequence[Fact | None]:
     """Elementwise operators of one input that shape arithmetic uses."""
     content = call.content()
     if content is None:
-        return [Fact(call.shape())]
+        shape = call.shape()
+        return [Fact(shape, _some(shape) if call.node.op_type in ("Ceil", "Floor", "Round") else None)]
     return [Fact(content.shape, each(UNARY[call.node.op_type], content))]
+
+
+def _some(shape: Shape | None) -> np.ndarray | None:
+    """Whole numbers that nothing is known of, for a vector of sizes: those that join it stay known."""
+    if shape is None or len(shape) > 1 or not all(isinstance(d, int) and d <= _SIZES for d in shape):
+        return None
+    return each(lambda _: symbolic.unknown(), np.zeros([int(d) for d in shape]))  # type: ignore[arg-type]
 
 
 # Types whose contents are followed, and the whole numbers they hold exactly.
@@ -158,7 +171,8 @@ def cast(call: Call) -> Sequence[Fact | None]:
     content = call.content()
     to = call.node.outputs[0].dtype if call.node.op_type == "CastLike" else ir.DataType(call.attr("to"))
     if content is None or to is None:
-        return [Fact(call.shape())]
+        shape = call.shape()
+        return [Fact(shape, _some(shape) if to in (ir.DataType.INT64, ir.DataType.INT32) else None)]
     if to is ir.DataType.BOOL:
         return [Fact(content.shape, each(_truth, content))]
     if to not in RANGES:

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is no gua
 START = "import os, signal, sys, time\nfrom onnxslim import guard\n"
 
 
-def start(body: str) -> subprocess.Popen[str]:
-    """A guarded process that does ``body``."""
-    code = f"{START}def work():\n    {body}\nsys.exit(guard.apart(work))"
+def start(body: str, first: str = "") -> subprocess.Popen[str]:
+    """A guarded process that does ``body``; its parent does ``first``."""
+    code = f"{START}{first}\ndef work():\n    {body}\nsys.exit(guard.apart(work))"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -88,6 +88,32 @@ def test_told_to_end_it_removes_temporary_files(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    process = start(
+        "print(os.getpid(), flush=True); time.sleep(1); return 7", first="signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    )
+    child = _child(process)
+    for pid in (process.pid, child):
+        os.kill(pid, signal.SIGHUP)
+    assert process.wait(30) == 7
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_one_that_does_not_listen_is_ended(again: bool) -> None:
+    process = start(
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); "
+        "print(os.getpid(), flush=True); time.sleep(60); return 0",
+        first=f"guard._GRACE = {60 if again else 1}",
+    )
+    child = _child(process)
+    process.send_signal(signal.SIGTERM)
+    if again:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert _gone(child)
 
 
 def test_parts_are_guarded_only_where_the_whole_is() -> None:

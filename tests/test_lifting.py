@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from onnxslim import model as model_io
 from onnxslim import runtime
 from onnxslim.errors import ModelError
+from onnxslim.graph import add_constant
 
 
 def _model(
@@ -48,6 +49,22 @@ def test_branches_that_use_the_same_names_keep_what_they_mean(taken: bool) -> No
     feed = {"x": np.array([-3, 4], np.float32), "p": np.array(taken)}
     assert len(lifted.graph.initializer) == 2
     assert np.array_equal(runtime.load(lifted.SerializeToString())(feed)["z"], [-6, 8] if taken else [0, 8])
+
+
+def test_branches_with_weights_of_the_same_names_have_their_own() -> None:
+    bodies = {}
+    for k, name in enumerate(("then", "else")):
+        nodes = [helper.make_node("Mul", ["x", "b"], ["a"]), helper.make_node("Add", ["a", "b_1"], ["y"])]
+        weights = [onnx.numpy_helper.from_array(np.full(2, k + j, np.float32), n) for j, n in enumerate(("b", "b_1"))]
+        bodies[f"{name}_branch"] = helper.make_graph(nodes, name, [], [_floats("y")], weights)
+    inputs = [_floats("x"), helper.make_tensor_value_info("p", TensorProto.BOOL, [])]
+    model = model_io.load(_model([helper.make_node("If", ["p"], ["z"], **bodies)], inputs, [_floats("z")]))
+    for _ in range(3):  # names that are new to all of it
+        add_constant(model.graph, "b", np.zeros(1, np.float32))
+    onnx.checker.check_model(model_io.to_proto(model))
+    for taken, want in ((True, [1, 1]), (False, [3, 3])):
+        feed = {"x": np.ones(2, np.float32), "p": np.array(taken)}
+        assert runtime.load(model)(feed)["z"].tolist() == want
 
 
 def test_any_text_is_a_constant() -> None:

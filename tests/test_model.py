@@ -346,6 +346,9 @@ def test_data_that_somebody_refers_to_stays(proto: onnx.ModelProto, tmp_path: Pa
     copy.unlink()
     model_io.save(loaded, path)
     assert data.exists(), "the model in memory has its weights there"
+    for _ in range(2):
+        other = model_io.save(model_io.load(proto), tmp_path / "out.model", external=True)
+        assert np.allclose(_answer(str(other)), wanted, atol=1e-6), "whatever a model is called"
     assert np.allclose(_answer(model_io.to_bytes(loaded)), wanted, atol=1e-6)
 
 

@@ -101,6 +101,28 @@ def test_sizes_stay_polynomials_through_shape_arithmetic() -> None:
     assert shape == (n * m, 12, 64)
 
 
+def test_a_size_that_is_not_followed_leaves_the_others_known() -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, c, h, w] x) => (float[n, c, p, q] y) <float two = {2}, float[0] none = {}> {
+            s = Shape<start = 0, end = 2>(x)
+            t = Shape<start = 2, end = 4>(x)
+            f = Cast<to = 1>(t)
+            half = Div(f, two)
+            floor = Floor(half)
+            i = Cast<to = 7>(floor)
+            sizes = Concat<axis = 0>(s, i)
+            y = Resize(x, none, none, sizes)
+        }
+    """)
+    model = model_io.load(proto)
+    shapes = Shapes(model)
+    for node in model.graph:
+        shapes.visit(node)
+    n, c, *_ = shapes.shape(model.graph.outputs[0]) or ()
+    assert [symbolic.name_of(n), symbolic.name_of(c)] == ["n", "c"]
+
+
 def test_a_product_of_weights_in_blocks_has_as_many_columns_as_it_says() -> None:
     weights = {"w": np.zeros((48, 3, 16), np.uint8), "s": np.ones(144, np.float32)}
     graph = onnx.helper.make_graph(

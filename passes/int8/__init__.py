@@ -100,7 +100,6 @@ class Int8(Pass):
 
     def _quantize(self, model: ir.Model, ctx: Context) -> Outcome:
         layers = _layers(model)
-        ctx.warnings += [f"int8: no layer is called {name!r} (keep)" for name in self.keep if name not in layers]
         target = self.target or ctx.target
         blocked = self._blocked(ctx, target)
         if blocked is not None or not layers:
@@ -118,6 +117,7 @@ class Int8(Pass):
         clip_bounded(draft)
         name_all_nodes(draft)  # those that came with the operator set
         layers = _layers(draft)
+        ctx.warnings += [f"int8: no layer is called {name!r} (keep)" for name in self.keep if name not in layers]
         fitting, held_out = parts(ctx.calibration.spread(self.samples))
         profile = PROFILES[target]
         timed = self.measure and _can_be_timed(profile, ctx)
@@ -138,6 +138,7 @@ class Int8(Pass):
             return _nothing(layers, reasons)
         changed = equalize.equalize(draft, fitting.spread(32), ctx) if self.equalize and wanted and not infinite else {}
         ready = survey(draft, wanted, fitting, ctx, per_channel=self.per_channel, profile=profile, portable=portable)
+        ready.guessed = frozenset(guessed)
         for name in (n for n in wanted if n not in ready.products):
             inside = units[name].node.graph is not draft.graph
             reasons[name] = "its input or result had no finite value" + (
@@ -150,7 +151,7 @@ class Int8(Pass):
         chosen = [*ready.products, *ranged.names]
         if not chosen:
             return _nothing(layers, reasons, figures)
-        qdq.insert(draft, ready.plan(ready.choose(ready.products)), guessed)
+        qdq.insert(draft, ready.plan(ready.choose(ready.products)))
         remainder.fuse(draft)
         deduplicate_initializers(draft)  # a weight that several layers read has been stored for each of them
         forget_ranks(draft, set(guessed))

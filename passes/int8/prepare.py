@@ -42,6 +42,7 @@ class Prepared:
         narrow: those of them whose weights are kept smaller for that reason, and others that read the same weights.
         profile: the execution provider that is served.
         barred: glue and moves that stay in float.
+        guessed: values whose rank only samples show (`observe_ranks`).
     """
 
     units: dict[str, Unit]
@@ -57,6 +58,7 @@ class Prepared:
     narrow: list[str]
     profile: Profile
     barred: frozenset[str] = frozenset()
+    guessed: frozenset[str] = frozenset()
 
     def choose(self, products: Collection[str]) -> frozenset[str]:
         """``products`` and the glue and moves worth having with them."""
@@ -64,7 +66,7 @@ class Prepared:
 
     def plan(self, chosen: Collection[str]) -> Plan:
         """The plan that runs ``chosen`` on integers."""
-        return Plan(frozenset(chosen), self.params, self.weights, self.shift, self.profile)
+        return Plan(frozenset(chosen), self.params, self.weights, self.shift, self.profile, self.guessed)
 
 
 def survey(

@@ -50,6 +50,13 @@ def test_sizes_are_what_the_runtime_makes_of_them(inputs: str, node: str, given:
     assert_same(proto, result, feed, rtol=0)
 
 
+def test_a_slice_with_nothing_left_is_empty() -> None:
+    text = "s = Shape(x) e = Slice(s, a, b) t = Concat<axis=0>(s, e) y = Reshape(x, t)"
+    proto = build(f"(float[n,m] x) => (float[n,m] y) {{ {text} }}", a=np.array([2]), b=np.array([FAR]))
+    result, _ = apply(proto, "simplify")
+    assert_same(proto, result, feeds(proto, 0), rtol=0)
+
+
 def test_parts_without_elements_say_nothing_about_the_other_axes() -> None:
     proto = build(
         """(float[m,k] e, float[n,p] x, int64[1] z) => (int64[1] o) {
