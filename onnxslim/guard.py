@@ -49,6 +49,7 @@ def apart(work: Callable[[], int]) -> int:
     doing(shlex.join(sys.argv[1:]), GIVEN)
     parent = os.getpid()
     heeded = [number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]  # unlike with nohup
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, heeded)  # until both can answer
     child = os.fork()
     if not child:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
@@ -56,6 +57,7 @@ def apart(work: Callable[[], int]) -> int:
             os._exit(128 + signal.SIGKILL)
         for number in heeded:
             signal.signal(number, _leave)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         sys.exit(work())
     told: list[int] = []
 
@@ -69,6 +71,7 @@ def apart(work: Callable[[], int]) -> int:
     # A terminal sends an interrupt to both, and the child says so.
     before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     before |= {number: signal.signal(number, end) for number in (*heeded, signal.SIGALRM)}
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:
